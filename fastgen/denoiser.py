@@ -1,0 +1,175 @@
+"""A network seen as a pair (x0, eps), on its own path or on any other. Teachers and students are both denoisers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path as FilePath
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from fastgen.cond import Cond, repeat
+from fastgen.config import Model, explain
+from fastgen.layout import expand, wide
+from fastgen.paths import Pair, Path, Prediction, path_from_dict, path_to_dict
+
+
+class Denoiser(nn.Module):
+    """net(x_t, t, cond), with what its input, its time and its output mean.
+
+    path, prediction  the network's own path and target
+    time_scale        the network's time argument is time_scale * t, or time_scale * ln(t) / 4 where log_time (EDM)
+    shape             of one sample, without the batch: (C, H, W) or (D,)
+    num_classes       cond["label"] is 0 .. num_classes - 1, or num_classes for the null label; None: unconditional
+    null_label        False for a class-conditional network that was never trained without a label
+
+    A family of networks is a subclass (a file of `fastgen.teachers`) that says how to call, write and read its net.
+    """
+
+    family: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        net: nn.Module | None,
+        path: Path,
+        prediction: Prediction,
+        *,
+        shape: tuple[int, ...],
+        num_classes: int | None = None,
+        null_label: bool = True,
+        time_scale: float = 1.0,
+        log_time: bool = False,
+    ) -> None:
+        super().__init__()
+        if prediction.kind == "eps" and getattr(path, "zero_snr", False):
+            raise ValueError("an eps prediction says nothing of x0 where alpha is 0: zero-terminal-SNR needs v or x0")
+        if prediction.kind == "trig" and prediction.sd != getattr(path, "sd", prediction.sd):
+            raise ValueError(f"a trig prediction with sd {prediction.sd} on {path}: the two must be the same")
+        self.net, self.path, self.prediction = net, path, prediction
+        self.shape, self.num_classes, self.null_label = tuple(shape), num_classes, null_label
+        self.time_scale, self.log_time = time_scale, log_time
+
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
+        """The bare network: scaled input [B, ...], its time argument [B] (and a second one) to its output [B, ...]."""
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, *, on: Path | None = None, r: Tensor | None = None
+    ) -> Pair:
+        """The pair at x [B, ...] and t [B] of the path `on` (None: its own); r is a second time, for two-time networks.
+
+        The pair has the dtype of x, float32 at least; so have times. A level beyond the network's last one is evaluated
+        at the last one; then above it x0 is kept and eps re-derived from x, below it eps is kept and x0 re-derived, so
+        that the pair closes: x = alpha x0 + sigma eps.
+        """
+        there = on or self.path
+        t, r = wide(t), None if r is None else wide(r)
+        levels = there.levels(t)
+        if there == self.path:
+            pair, _ = self._pair(x, t, levels, cond, r)
+            return pair
+        own_t = self.path.time(*levels)
+        own = self.path.levels(own_t)
+        own_r = None if r is None else self.path.time(*there.levels(r))
+        ratio = torch.hypot(*own) / torch.hypot(*levels)
+        pair, x_own = self._pair(x * expand(ratio, x).to(x.dtype), own_t, own, cond, own_r)
+        return self._close(pair, x.to(x_own.dtype), own_t, levels)
+
+    def _pair(
+        self, x: Tensor, t: Tensor, levels: tuple[Tensor, Tensor], cond: Cond, r: Tensor | None
+    ) -> tuple[Pair, Tensor]:
+        scale = self.prediction.input_scale(*levels)
+        scaled = x if scale is None else x * expand(scale, x).to(x.dtype)
+        y = self.raw(scaled, self.time_input(t), cond, None if r is None else self.time_input(r))
+        # Targets are solved for in float32 at least: half precision loses the small alphas of VP's noisy end.
+        x = wide(x)
+        return self.prediction.to_pair(y.to(x.dtype), x, *levels), x
+
+    def _close(self, pair: Pair, x: Tensor, own_t: Tensor, levels: tuple[Tensor, Tensor]) -> Pair:
+        alpha, sigma = levels
+        above, below = own_t >= self.path.start, own_t <= self.path.end
+        # Denominators are made safe before the division: a NaN in the unused branch would reach the gradient.
+        eps = (x - expand(alpha, x) * pair.x0) / expand(torch.where(above, sigma, 1.0), x)
+        x0 = (x - expand(sigma, x) * pair.eps) / expand(torch.where(below, alpha, 1.0), x)
+        return Pair(torch.where(expand(below, x), x0, pair.x0), torch.where(expand(above, x), eps, pair.eps))
+
+    def time_input(self, t: Tensor) -> Tensor:
+        """The time argument the network was trained with, [B]."""
+        return self.time_scale * (t.log() / 4 if self.log_time else t)
+
+    def on(self, path: Path) -> View:
+        """The same denoiser, called with x and t of another path."""
+        return View(self, path)
+
+    @property
+    def null(self) -> Cond:
+        """One row of the null condition, or None where the network has no conditions, or none but labels."""
+        if self.num_classes is None or not self.null_label:
+            return None
+        return {"label": torch.tensor([self.num_classes], device=self.device)}
+
+    def label(self, cond: Cond, n: int) -> Tensor | None:
+        """Labels int64 [n] of a condition, null labels where there is none; None for an unconditional network."""
+        if self.num_classes is None:
+            return None
+        cond = cond if cond is not None else repeat(self.null, n)
+        if cond is None:
+            raise ValueError(f"this network needs a label, 0 .. {self.num_classes - 1}: it has no null label")
+        return cond["label"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights (or, without any, the buffers) lie."""
+        tensor = next(self.parameters(), None)
+        tensor = tensor if tensor is not None else next(self.buffers(), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the weights, as plain data for `fastgen.json`."""
+        return {
+            "family": self.family,
+            "path": path_to_dict(self.path),
+            "prediction": asdict(self.prediction),
+            "time_scale": self.time_scale,
+            "log_time": self.log_time,
+            "shape": list(self.shape),
+            "num_classes": self.num_classes,
+            "null_label": self.null_label,
+        }
+
+    def write(self, folder: FilePath) -> None:
+        """Write the network's own files (weights and architecture) into a folder."""
+        raise NotImplementedError
+
+
+class _Description(Model):
+    """`Denoiser.describe()` as a file holds it."""
+
+    path: dict[str, Any]
+    prediction: dict[str, Any]
+    time_scale: float
+    log_time: bool
+    shape: tuple[int, ...]
+    num_classes: int | None
+    null_label: bool
+
+
+def conventions(data: dict[str, Any]) -> dict[str, Any]:
+    """`Denoiser.describe()` read back as the arguments of the constructor (but the net); ValueError if damaged."""
+    try:
+        told = _Description.model_validate({name: data[name] for name in _Description.model_fields if name in data})
+    except ValidationError as error:
+        raise ValueError(explain(error, _Description)) from error
+    return {**dict(told), "path": path_from_dict(told.path), "prediction": Prediction(**told.prediction)}
+
+
+class View:
+    """A denoiser (or a teacher) on a fixed path."""
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        self.model, self.path = model, path
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Cond = None, **options: Any) -> Pair:
+        return self.model(x, t, cond, on=self.path, **options)

@@ -1,0 +1,209 @@
+"""Files that are whole or absent: every durable write of the project goes through here.
+
+The order is always the same: write beside the goal, fsync the bytes, rename, fsync the folder that holds the name. A
+process killed at any instant leaves either the old state or the new one, and at most a leftover whose name begins with
+`.tmp-`, which the next writer removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from fastgen.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COMPLETE = "COMPLETE"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _space_explained(path: Path) -> Iterator[None]:
+    """Turn a full disk into one line that names the file and the mend."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFailed(f"{path}: no space left on the device; free some and run again with --resume") from error
+        raise
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one line that names the file and the mend."""
+    try:
+        with _space_explained(path):
+            yield
+    except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another out=FOLDER") from error
+        if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
+            raise UserError(f"{path}: a file stands where a folder is needed, or a folder; move it away") from error
+        raise
+
+
+def make_folder(path: str | Path) -> Path:
+    """Create a folder and its parents; unwritable places are refused with a UserError."""
+    path = Path(path)
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return path
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Replace one file by new content, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with _explained(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # half a file on a full disk helps nobody
+            raise
+        _fsync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on a clean exit it becomes `path`, marked COMPLETE; on an error it is removed.
+
+    A folder that this function made before is replaced, once the new one is durable; any other that holds something,
+    or a file, is the user's own and refused.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    with _explained(path):
+        if not is_complete(path) and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path}: something not made by fastgen stands here; move it away, or choose another place")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    try:
+        with _space_explained(path):
+            yield temporary
+            (temporary / COMPLETE).touch()
+            for entry in [*sorted(temporary.rglob("*")), temporary]:
+                _fsync(entry)
+        with _explained(path):
+            _swap(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put a durable folder in the place of another. Between the two renames `path` is missing: see `is_complete`."""
+    old = path.with_name(f".tmp-old-{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_complete(path: str | Path) -> bool:
+    """Whether `atomic_folder` finished this folder. One that was being replaced when the power went is put back."""
+    path = Path(path)
+    old = path.with_name(f".tmp-old-{path.name}")
+    if not path.exists() and (old / COMPLETE).exists():
+        os.rename(old, path)
+    return (path / COMPLETE).exists()
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add one line to a journal and make it durable; half a line that a killed writer left at the end is cut off."""
+    path = Path(path)
+    with _explained(path), open(path, "ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and not _ends_whole(file):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+        if not size:
+            _fsync(path.parent)
+
+
+def _ends_whole(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write strict JSON (no NaN), atomically."""
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON; a missing or broken file is a UserError that names it."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Hash of a file's bytes, or of a folder's file names and contents (COMPLETE marks and hidden files left out)."""
+    path, digest = Path(path), hashlib.sha256()
+    if path.is_file():
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p.name != COMPLETE):
+        relative = file.relative_to(path)
+        if not any(part.startswith(".") for part in relative.parts):
+            digest.update(f"{sha256(file)} {relative.as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; missing, truncated and pickled files are UserErrors that name the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        # Only now, because a good file may begin with the same bytes: they hold the length of its header.
+        with open(path, "rb") as file:
+            head = file.read(2)
+        if head[:1] == b"\x80" or head == b"PK":
+            raise UserError(f"{path}: a pickle, which can run code when read; convert it to safetensors") from error
+        raise UserError(f"{path}: not a whole safetensors file ({error}); fetch or make it again") from error

@@ -1,0 +1,137 @@
+"""Students: a denoiser, how to sample it in few steps (plain data), and the facts of its making; a folder on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import yaml
+
+from fastgen import files
+from fastgen.denoiser import Denoiser
+from fastgen.errors import UserError
+from fastgen.paths import Path, path_from_dict, path_to_dict
+from fastgen.teacher import FACTS, FORMAT, damage_explained, read_denoiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSpec:
+    """One rule for every few-step student: pair = net(x, t); x' = alpha' x0 + sigma' (fresh or own eps).
+
+    path      the path whose times are listed
+    times     {n: the n times at which an n-step student is evaluated}, falling; the last step ends on clean data
+    renoise   fresh noise between steps (consistency models) instead of the network's own eps (flows, DDIM)
+    two_time  the network is also told the time it steps to (MeanFlow)
+    init      the first state is z times sigma at the first time ("sigma"), or times hypot(alpha, sigma) ("unit"),
+              which is what DDIM and LCM schedulers feed
+    """
+
+    path: Path
+    times: dict[int, tuple[float, ...]] = field(hash=False)
+    renoise: bool = False
+    two_time: bool = False
+    init: Literal["sigma", "unit"] = "sigma"
+
+    def __post_init__(self) -> None:
+        if not self.times:
+            raise ValueError("a sampler needs the times of at least one number of steps")
+        for n, times in self.times.items():
+            if n < 1 or n != len(times) or not all(earlier > later for earlier, later in pairwise(times)):
+                raise ValueError(f"{n} steps need {n} falling times, got {times}")
+            # All of them, so that a NaN in the list fails too.
+            if not all(self.path.end <= t <= self.path.start for t in times):
+                raise ValueError(f"{n} steps: {times} leave the path, {self.path.start} .. {self.path.end}")
+        if self.init not in ("sigma", "unit"):
+            raise ValueError(f"init={self.init!r}; known: sigma, unit")
+
+    def at(self, steps: int) -> tuple[float, ...]:
+        """The times of an n-step run; a count outside the student's list is a UserError naming those inside."""
+        if steps not in self.times:
+            known = ", ".join(str(n) for n in sorted(self.times))
+            raise UserError(f"steps={steps}: this student was made for {known}; choose one of them")
+        return self.times[steps]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": path_to_dict(self.path),
+            "times": {str(n): list(times) for n, times in self.times.items()},
+            "renoise": self.renoise,
+            "two_time": self.two_time,
+            "init": self.init,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> SamplerSpec:
+        times = {int(n): tuple(times) for n, times in data["times"].items()}
+        return SamplerSpec(**{**data, "path": path_from_dict(data["path"]), "times": times})
+
+
+@dataclass
+class Student:
+    """`facts` holds method, guidance baked in, teacher and config hashes, metrics, licence: what the card tells."""
+
+    denoiser: Denoiser
+    sampler: SamplerSpec
+    facts: dict[str, Any]
+
+    def save(self, folder: str | FilePath) -> None:
+        """Write the folder whole or not at all: weights, `fastgen.json` and the model card."""
+        data = {"kind": "student", "sampler": self.sampler.to_dict(), "facts": self.facts}
+        with files.atomic_folder(folder) as temporary:
+            write_model(temporary, self.denoiser, data)
+            files.write_atomic(temporary / "README.md", card(self))
+
+    @staticmethod
+    def load(folder: str | FilePath) -> Student:
+        """Read a student folder; anything else is a UserError saying what is missing."""
+        denoiser, data = read_denoiser(folder)
+        if data.get("kind") != "student":
+            raise UserError(f"{folder}: a teacher, not a student; distil it, or load it with fastgen.load_teacher")
+        with damage_explained(FilePath(folder) / FACTS):
+            return Student(denoiser, SamplerSpec.from_dict(data["sampler"]), data["facts"])
+
+
+def save_teacher(denoiser: Denoiser, folder: str | FilePath, facts: dict[str, Any]) -> None:
+    """Write a network trained here as a teacher folder, whole or not at all."""
+    with files.atomic_folder(folder) as temporary:
+        write_model(temporary, denoiser, {"kind": "teacher", "facts": facts})
+
+
+def write_model(folder: FilePath, denoiser: Denoiser, data: dict[str, Any]) -> None:
+    """The network's files and `fastgen.json`."""
+    denoiser.write(folder)
+    files.write_json(folder / FACTS, {"format": FORMAT, **data, "denoiser": denoiser.describe()})
+
+
+def card(student: Student) -> str:
+    """The model card: how to run it, where it comes from, under which terms."""
+    facts, steps = student.facts, ", ".join(str(n) for n in sorted(student.sampler.times))
+    terms = facts.get("license") or "the teacher's terms apply"
+    head = {"library_name": "fastgen", "license": facts.get("license") or "other"}
+    head |= {key: facts[key] for key in ("license_link", "base_model") if facts.get(key)}
+    rows = [f"| {key} | {_cell(value)} |" for key, value in facts.items() if isinstance(value, str | int | float)]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False) + "---",
+            f"# A {steps}-step student by {facts.get('method', 'distillation')}",
+            "",
+            "```python",
+            "import fastgen",
+            'images = fastgen.load("PATH_OF_THIS_FOLDER").generate(num=4, seed=0)',
+            "```",
+            f"Steps: {steps}. Guidance is part of the weights: leave it off. Licence: {terms}.",
+            "",
+            "| fact | value |",
+            "|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _cell(value: Any) -> str:
+    """A value that cannot break out of its row of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,135 @@
+"""Teachers: frozen denoisers with guidance. Each file of `fastgen.teachers` knows and reads one family of them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path as FilePath
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import cond as conditions
+from fastgen.cond import Cond
+from fastgen.denoiser import Denoiser, View
+from fastgen.errors import UserError, suggestion
+from fastgen.files import is_complete, read_json
+from fastgen.paths import Pair, Path
+
+FACTS = "fastgen.json"
+FORMAT = 1  # of that file; raised when an older fastgen could no longer read it
+
+
+class Teacher(nn.Module):
+    """A frozen denoiser; `guidance` is the default weight w of classifier-free guidance (None: conditional only).
+
+    guided = null + w (conditional - null), so w = 1 is the conditional prediction and w = 0 the null one.
+    `sha256` identifies its weights; `facts` carries licence and origin into the students made from it.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        guidance: float | None = None,
+        sha256: str = "",
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if guidance is not None and denoiser.null is None:
+            raise UserError(f"guidance={guidance}: this {denoiser.family} teacher has no null condition; leave it off")
+        self.denoiser, self.guidance, self.sha256 = denoiser, guidance, sha256
+        self.facts = facts or {}
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """A teacher stays in eval mode, whatever its owner does."""
+        return self
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond = None, *, guidance: float | Tensor | None = None, on: Path | None = None
+    ) -> Pair:
+        """The guided pair at x [B, ...], t [B]; guidance is one number or one per sample [B], else the default."""
+        w = self.guidance if guidance is None else guidance
+        if cond is None or w is None or (not isinstance(w, Tensor) and w == 1):
+            return self.denoiser(x, t, cond, on=on)
+        if self.denoiser.null is None:
+            raise UserError(f"guidance: this {self.denoiser.family} teacher has no null condition; leave it off")
+        null = conditions.repeat(self.denoiser.null, len(x))
+        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), conditions.concat(null, cond), on=on)
+        n = len(x)
+        return Pair(both.x0[:n], both.eps[:n]).lerp(Pair(both.x0[n:], both.eps[n:]), w)
+
+    def on(self, path: Path) -> View:
+        """The same teacher, called with x and t of another path."""
+        return View(self, path)
+
+    @property
+    def path(self) -> Path:
+        return self.denoiser.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.denoiser.shape
+
+    @property
+    def num_classes(self) -> int | None:
+        return self.denoiser.num_classes
+
+
+def families() -> list[str]:
+    """The families of networks, by file name."""
+    import fastgen.teachers
+
+    return sorted(module.name for module in pkgutil.iter_modules(fastgen.teachers.__path__))
+
+
+def family(name: str) -> ModuleType:
+    """The module of a family; unknown names are UserErrors with the nearest one."""
+    if name not in families():
+        raise UserError(f"no teacher family '{name}' ({suggestion(name, families())})")
+    return importlib.import_module(f"fastgen.teachers.{name}")
+
+
+def read_denoiser(folder: str | FilePath) -> tuple[Denoiser, dict[str, Any]]:
+    """The denoiser of a model folder and its facts: our own (`fastgen.json`), or a layout that a family recognises."""
+    folder = FilePath(folder)
+    complete = is_complete(folder)  # asked first: it puts back a folder whose replacement was interrupted
+    if folder.is_file():
+        raise UserError(f"{folder}: a file; give the folder of the checkpoint (pickled checkpoints are not read)")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the path of a teacher or student folder")
+    if (folder / FACTS).exists():
+        return _read_own(folder, complete)
+    for name in families():
+        module = family(name)
+        if module.recognises(folder):
+            return module.read(folder, None), {}
+    known = ", ".join(families())
+    raise UserError(f"{folder}: not a checkpoint that any family knows ({known}); see `fastgen list teachers`")
+
+
+def _read_own(folder: FilePath, complete: bool) -> tuple[Denoiser, dict[str, Any]]:
+    facts = read_json(folder / FACTS)
+    if not isinstance(facts, dict) or "denoiser" not in facts:
+        raise UserError(f"{folder / FACTS}: no 'denoiser' entry; this folder was not written by fastgen")
+    if facts.get("format") != FORMAT:
+        raise UserError(f"{folder / FACTS}: format {facts.get('format')}, this fastgen reads {FORMAT}; upgrade fastgen")
+    if not complete:
+        raise UserError(f"{folder}: not complete (no COMPLETE file); make it again")
+    with damage_explained(folder / FACTS):
+        return family(facts["denoiser"]["family"]).read(folder, facts["denoiser"]), facts
+
+
+@contextmanager
+def damage_explained(file: FilePath) -> Iterator[None]:
+    """Turn what goes wrong while a description is read (entries missing or of a wrong kind) into a UserError."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {' '.join(str(error).split())})") from error
