@@ -1,0 +1,1 @@
+"""Few-step and ODE samplers, stock-scheduler replay and export."""
