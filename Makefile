@@ -12,14 +12,13 @@ BIN := .venv/bin
 PINS = $(shell nvidia-smi >/dev/null 2>&1 || echo -c constraints-cpu.txt)
 INPUTS := pyproject.toml constraints-cpu.txt Makefile
 
-# One process per core, so one thread per process: small tensors gain nothing from more.
-export OMP_NUM_THREADS := 1
-
 .PHONY: quickstart test lint types bench clean
 
 quickstart: .venv/core.stamp
 	$(BIN)/fastgen quickstart
 
+# One process per core, so one thread per process: small tensors gain nothing from more.
+test: export OMP_NUM_THREADS := 1
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 

@@ -103,10 +103,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         with _space_explained(path):
             yield temporary
+        with _explained(path):
             (temporary / COMPLETE).touch()
             for entry in [*sorted(temporary.rglob("*")), temporary]:
                 _fsync(entry)
-        with _explained(path):
             _swap(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -21,6 +21,8 @@ class ResidualMLP(nn.Module):
     shift, computed for all blocks in one matrix product. The output is zero at first.
     """
 
+    frequencies: Tensor
+
     def __init__(
         self, shape: tuple[int, ...], width: int, depth: int, num_classes: int | None = None, dropout: float = 0.0
     ) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from fastgen.nets.fresh import FreshNet
 from fastgen.nets.weights import fill
 from fastgen.paths import RectifiedFlow
 from fastgen.schedulers import read_scheduler, write_scheduler
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
 
 logger = logging.getLogger("fastgen")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
@@ -58,7 +55,7 @@ class UNetDenoiser(Denoiser):
     """A `UNet2DModel` with its conventions; options as of `Denoiser`."""
 
     family = "unet"
-    net: UNet2DModel
+    net: Any
 
     def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
         if r is not None:
@@ -98,7 +95,7 @@ def build(config: UNetConfig, shape: tuple[int, ...], num_classes: int | None) -
     down = ["AttnDownBlock2D" if level in attention else "DownBlock2D" for level in range(levels)]
     up = ["AttnUpBlock2D" if level in attention else "UpBlock2D" for level in reversed(range(levels))]
     groups = math.gcd(32, *channels)
-    net = UNet2DModel(
+    net: Any = UNet2DModel(
         sample_size=shape[1] if shape[1] == shape[2] else shape[1:],
         in_channels=shape[0],
         out_channels=shape[0],
@@ -115,9 +112,15 @@ def build(config: UNetConfig, shape: tuple[int, ...], num_classes: int | None) -
     nn.init.zeros_(net.conv_out.weight)
     nn.init.zeros_(net.conv_out.bias)
     path, prediction = config.target()
-    scale = 1000.0 if config.path == "RectifiedFlow" else 1.0
-    options = {"time_scale": scale, "log_time": config.path == "EDM"}
-    return UNetDenoiser(net, path, prediction, shape=shape, num_classes=num_classes, **options)
+    return UNetDenoiser(
+        net,
+        path,
+        prediction,
+        shape=shape,
+        num_classes=num_classes,
+        time_scale=1000.0 if config.path == "RectifiedFlow" else 1.0,
+        log_time=config.path == "EDM",
+    )
 
 
 def recognises(folder: FilePath) -> bool:
@@ -181,14 +184,14 @@ def _scheduler_file(folder: FilePath, where: FilePath) -> FilePath:
     )
 
 
-def _read_net(where: FilePath) -> UNet2DModel:
+def _read_net(where: FilePath) -> Any:
     """The network with its weights, a head for learned variances cut off; what does not fit is a UserError."""
     from diffusers import UNet2DModel
 
     config = files.read_json(where / "config.json")
     _check(config, where / "config.json")
     try:
-        net = UNet2DModel.from_config(config)
+        net: Any = UNet2DModel.from_config(config)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{where / 'config.json'}: no UNet2DModel can be made of it ({error})") from error
     file = _weight_file(where)
@@ -228,7 +231,7 @@ def _modern(name: str) -> str:
     return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + old[m[2]], name)
 
 
-def _cut(net: UNet2DModel, channels: int) -> None:
+def _cut(net: Any, channels: int) -> None:
     """Keep the first output channels only (improved DDPM's mean; 2102.09672), in the weights and in the config."""
     layer = nn.Conv2d(net.conv_out.in_channels, channels, kernel_size=3, padding=1)
     layer.load_state_dict({name: tensor[:channels] for name, tensor in net.conv_out.state_dict().items()})

@@ -1,0 +1,1 @@
+"""Metrics, extractors, latency and reports."""

@@ -1,0 +1,67 @@
+"""Slow copies of networks: target networks that a method declares, and evaluation averages that a config asks for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fastgen.config import Model
+from fastgen.errors import UserError
+
+
+class AverageConfig(Model):
+    """An evaluation average of the student.
+
+    constant  decay at every step
+    halflife  the weight of a step halves every `halflife` samples; early on every `rampup` of the samples seen (EDM)
+    power     the power-function profile of relative width `std` (2312.02696, equations 124-126)
+    """
+
+    kind: Literal["constant", "halflife", "power"] = "constant"
+    decay: float = 0.999
+    halflife: float = 500_000
+    rampup: float | None = 0.05
+    std: float = 0.1
+
+    @property
+    def name(self) -> str:
+        value = {"constant": self.decay, "halflife": self.halflife, "power": self.std}[self.kind]
+        return f"ema-{self.kind}-{value:g}"
+
+    def decay_at(self, step: int, batch: int) -> float:
+        """The decay of the update that ends step number `step` (0-based), with `batch` samples a step."""
+        if self.kind == "constant":
+            return self.decay
+        if self.kind == "halflife":
+            seen = (step + 1) * batch
+            half = self.halflife if self.rampup is None else min(self.halflife, seen * self.rampup)
+            return 0.5 ** (batch / max(half, 1e-8))
+        return (1 - 1 / (step + 1)) ** (power_exponent(self.std) + 1)
+
+
+def power_exponent(std: float) -> float:
+    """gamma of the power-function average t^gamma of relative standard deviation std, by its cubic's largest root."""
+    if not 0 < std < 0.28867:  # sqrt(1 / 12): the flat average, gamma = 0
+        raise UserError(f"ema std={std}: a power-function average has a relative width between 0 and 0.288")
+    low, high = 0.0, 1e9
+    for _ in range(200):
+        gamma = (low + high) / 2
+        wide = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) > std**2
+        low, high = (gamma, high) if wide else (low, gamma)
+    return (low + high) / 2
+
+
+def slow_copy(network: nn.Module) -> nn.Module:
+    """A frozen deep copy in eval mode."""
+    return copy.deepcopy(network).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update(slow: nn.Module, fast: nn.Module, decay: float) -> None:
+    """slow <- decay slow + (1 - decay) fast for parameters; buffers are copied."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - decay)
+    for old, new in zip(slow.buffers(), fast.buffers(), strict=True):
+        old.copy_(new)

@@ -1,0 +1,298 @@
+"""The training loop: it owns optimisers, precision, accumulation, averages, noise, checkpoints and ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastgen.config import Model
+from fastgen.errors import RunFailed, Stopped, UserError, suggestion
+from fastgen.trainers.engine import averages
+from fastgen.trainers.engine.averages import AverageConfig
+from fastgen.trainers.engine.checkpoint import Checkpoints
+from fastgen.trainers.engine.logs import Log
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.engine.monitors import UpdateMonitor
+from fastgen.trainers.engine.optim import OptimConfig, Precision, ScheduleConfig, make_optimizer
+from fastgen.trainers.engine.parallel import Ranks
+
+
+class LoopConfig(Model):
+    """How a method is trained. Budgets are steps and samples; `batch` is what one optimiser step sees on all ranks."""
+
+    steps: int = 1000
+    batch: int = 64
+    micro: int | None = None  # rows per forward pass; None: the whole batch
+    optim: OptimConfig = OptimConfig()
+    networks: dict[str, OptimConfig] = Field(default_factory=dict)  # instead of `optim`, for single networks by name
+    schedule: ScheduleConfig = ScheduleConfig()
+    clip: float | None = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    ema: tuple[AverageConfig, ...] = ()  # evaluation averages of the student; the first one is exported
+    save_every: int = 1000
+    keep: int = 2
+    keep_every: int | None = None
+    log_every: int = 50
+    preview_every: int = 1000
+    bad_limit: int = 20  # updates in a row whose loss or gradient is not finite, before the run stops
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+class Rows(Protocol):
+    """Where data come from: named tensors for global row numbers, int64 [B]."""
+
+    def get(self, rows: Tensor) -> Mapping[str, Tensor]: ...
+
+
+class Loop:
+    """Trains a method. State is two integers (step, drawn), weights, moments and averages: see `state`.
+
+    source     rows of data, or None for a method that needs none
+    preview    called with the loop every `preview_every` steps; returns values to log
+    interrupt  asked after every step; True saves and raises `Stopped`
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        source: Rows | None,
+        config: LoopConfig,
+        out: Path,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        preview: Callable[[Loop], Mapping[str, float]] | None = None,
+        interrupt: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.method, self.source, self.config, self.out, self.seed = method, source, config, out, seed
+        self.device, self.ranks = torch.device(device), ranks or Ranks()
+        self.preview, self.interrupt = preview, interrupt
+        self.step = self.drawn = self.bad = 0
+        self._check()
+        for module in (*method.networks.values(), *method.frozen.values()):
+            module.to(self.device)
+        names = method.networks
+        self.optimizers = {n: make_optimizer(net, config.networks.get(n, config.optim)) for n, net in names.items()}
+        self._base_lr = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
+        self.slow = {name: averages.slow_copy(names[a.of]) for name, a in method.averages.items()}
+        self.method.slow = self.slow
+        self.ema = {a.name: averages.slow_copy(names["student"]) for a in config.ema}
+        self.precision = Precision(config.precision, self.device)
+        self.checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every)
+        self.log = Log(out, config.steps, config.trackers, shown=self.ranks.main)
+        self.monitor = UpdateMonitor(names)
+        self._turn_of: tuple[str, ...] | None = None
+
+    def _check(self) -> None:
+        config, method = self.config, self.method
+        micro = config.micro or config.batch
+        if config.batch % (micro * self.ranks.world):
+            raise UserError(
+                f"loop.batch={config.batch} is not a multiple of loop.micro={micro} x {self.ranks.world} process(es)"
+            )
+        for name in config.networks:
+            if name not in method.networks:
+                raise UserError(f"loop.networks.{name}: no such network ({suggestion(name, method.networks)})")
+        if method.needs and self.source is None:
+            raise UserError(f"method {method.config.name} reads {sorted(method.needs)} and was given no data")
+        if self.source is not None:
+            given = set(self.source.get(torch.arange(1)))
+            if missing := method.needs - given:
+                raise UserError(f"method {method.config.name} needs {sorted(missing)}, the data give {sorted(given)}")
+        for name, module in method.frozen.items():
+            if module.training:
+                raise UserError(f"the frozen network '{name}' is in train mode; call eval() on it")
+
+    @property
+    def student(self) -> Any:
+        """The network that previews, evaluation and export see: the first evaluation average, else the raw weights."""
+        return next(iter(self.ema.values()), self.method.networks["student"])
+
+    def run(self, until: int | None = None) -> None:
+        """Train to the last step (or to `until`), saving as configured; raises RunFailed or Stopped."""
+        end = self.config.steps if until is None else min(until, self.config.steps)
+        with self.log:
+            while self.step < end:
+                self._train_step()
+                at_end = self.step == self.config.steps
+                if self.preview and (at_end or self.step % self.config.preview_every == 0):
+                    self.log.write(self.step, self.preview(self))
+                if at_end or self.step % self.config.save_every == 0:
+                    self.save()
+                if self.ranks.any(self.interrupt()):
+                    self.save()
+                    raise Stopped(f"saved at step {self.step} in {self.checkpoints.folder}")
+
+    def _train_step(self) -> None:
+        began, logs = time.perf_counter(), {}
+        measured = (self.step + 1) % self.config.log_every == 0 or self.step == 0
+        batches: list[Batch] = []
+        for turn in self.method.turns:
+            if not turn.due(self.step):
+                continue
+            for _ in range(turn.repeat):
+                if not turn.same_batch:
+                    batches = self._draw()
+                elif not batches:
+                    raise UserError(
+                        f"the turn of {turn.trains} shares a batch, but no turn came before it in this step"
+                    )
+                logs.update(self._update(turn, batches, measured))
+        self._average()
+        self.step += 1
+        logs["seconds"] = time.perf_counter() - began
+        self.log.step(self.step, logs, write=measured)
+
+    def _draw(self) -> list[Batch]:
+        """The next rows of the run, as micro-batches on the device."""
+        rows = self.ranks.rows(torch.arange(self.drawn, self.drawn + self.config.batch))
+        self.drawn += self.config.batch
+        parts = rows.split(self.config.micro or len(rows))
+        return [self.batch_of(part, {} if self.source is None else self.source.get(part)) for part in parts]
+
+    def batch_of(self, rows: Tensor, data: Mapping[str, Tensor]) -> Batch:
+        """Rows and their data as a batch on the device."""
+        data = {name: value.to(self.device, non_blocking=True) for name, value in data.items()}
+        return Batch(data, rows.to(self.device), seed=self.seed, step=self.step, steps=self.config.steps)
+
+    def _update(self, turn: Turn, batches: list[Batch], measured: bool) -> dict[str, float | Tensor]:
+        """One optimiser step of the turn's networks over the micro-batches."""
+        names = ",".join(turn.trains)
+        self._give_turn(turn.trains)
+        total, logs = torch.zeros((), device=self.device), {}
+        for batch in batches:
+            torch.manual_seed(zlib.crc32(f"{self.seed} {self.step} {int(batch.rows[0])}".encode()))  # dropout only
+            with self.precision.autocast():
+                losses = turn.loss(batch)
+                for loss in _parts(losses):
+                    value, extra = loss if isinstance(loss, tuple) else (loss, {})
+                    value = value / len(batches)
+                    self.precision.scaler.scale(value).backward()
+                    total += value.detach().float()
+                    logs.update({key: v.detach() if isinstance(v, Tensor) else v for key, v in extra.items()})
+        logs[f"loss/{names}"] = total
+        return {**logs, **self._apply(turn.trains, total, measured)}
+
+    def _apply(self, names: tuple[str, ...], loss: Tensor, measured: bool) -> dict[str, float]:
+        """Step the optimisers of these networks if the loss and every gradient are finite, else skip the update."""
+        norms = {name: self._clip(name) for name in names}
+        finite = bool(torch.isfinite(torch.stack([loss, *norms.values()])).all())
+        good = not self.ranks.any(not finite)
+        self.bad = 0 if good else self.bad + 1
+        factor, logs = self.config.schedule.factor(self.step, self.config.steps), {}
+        for name in names:
+            optimizer, lr = self.optimizers[name], self._base_lr[name] * factor
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if good:
+                with self.monitor.measure(name, lr, self.step) if measured else contextlib.nullcontext():
+                    self.precision.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+            logs.update({f"grad_norm/{name}": float(norms[name]), f"lr/{name}": lr, **self.monitor.values(name)})
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.update()
+        if self.bad >= self.config.bad_limit:
+            raise RunFailed(self._not_finite(names))
+        return logs
+
+    def _clip(self, name: str) -> Tensor:
+        """The network's gradient norm before clipping, averaged over ranks and unscaled."""
+        parameters = [p for p in self.method.networks[name].parameters() if p.grad is not None]
+        self.ranks.mean_gradients(parameters)
+        if self.precision.scaler.is_enabled():
+            self.precision.scaler.unscale_(self.optimizers[name])
+        return torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf, foreach=True)
+
+    def _not_finite(self, names: tuple[str, ...]) -> str:
+        saved = self.checkpoints.steps()
+        kept = (
+            f"the last good checkpoint is {self.checkpoints.path(saved[-1])}"
+            if saved
+            else "no checkpoint was saved yet"
+        )
+        return (
+            f"step {self.step}: loss or gradient of '{', '.join(names)}' was not finite {self.bad} time(s) in a row; "
+            f"{kept}; lower loop.optim.lr or set loop.clip"
+        )
+
+    def _give_turn(self, trains: tuple[str, ...]) -> None:
+        """Train mode and gradients for the networks of this turn, eval mode and none for the others."""
+        if trains != self._turn_of or not all(self.method.networks[name].training for name in trains):
+            for name, network in self.method.networks.items():
+                network.train(name in trains).requires_grad_(name in trains)
+            self._turn_of = trains
+
+    def _average(self) -> None:
+        for name, average in self.method.averages.items():
+            averages.update(self.slow[name], self.method.networks[average.of], average.decay_at(self.step))
+        for config in self.config.ema:
+            decay = config.decay_at(self.step, self.config.batch)
+            averages.update(self.ema[config.name], self.method.networks["student"], decay)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs: noise is a function of (seed, rows), dropout of (seed, step, rows)."""
+        return {
+            "step": self.step,
+            "drawn": self.drawn,
+            "bad": self.bad,
+            "seed": self.seed,
+            "networks": _states(self.method.networks),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "slow": _states(self.slow),
+            "ema": _states(self.ema),
+            "scaler": self.precision.scaler.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, whole or not at all."""
+        if self.ranks.main:
+            self.checkpoints.save(self.step, self.state())
+
+    def resume(self) -> bool:
+        """Continue from the newest complete checkpoint; False if there is none."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return False
+        state = self.checkpoints.load(steps[-1])
+        self.checkpoints.prune()
+        if state["seed"] != self.seed:
+            raise UserError(f"{self.out}: begun with seed {state['seed']}, resumed with {self.seed}; use the same seed")
+        try:
+            for kept, modules in (("networks", self.method.networks), ("slow", self.slow), ("ema", self.ema)):
+                if set(state[kept]) != set(modules):
+                    raise KeyError(f"{kept} {sorted(state[kept])} became {sorted(modules)}")
+                for name, module in modules.items():
+                    module.load_state_dict(state[kept][name])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            detail = str(error).split("\n")[-1].strip()
+            raise UserError(
+                f"{self.out}: the checkpoint does not fit this config ({detail}); use another out="
+            ) from error
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.step, self.drawn, self.bad = state["step"], state["drawn"], state["bad"]
+        self.log.rewind(self.step)
+        return True
+
+
+def _states(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    return {name: module.state_dict() for name, module in modules.items()}
+
+
+def _parts(losses: Loss | Iterable[Loss]) -> Iterable[Loss]:
+    """A loss, or the parts of one as they are computed."""
+    single = isinstance(losses, Tensor) or (
+        isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], Mapping)
+    )
+    return [losses] if single else losses

@@ -1,0 +1,65 @@
+"""Optimisers per network, the learning rate as a function of the step, and the precision of the forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fastgen.config import Model
+
+
+class OptimConfig(Model):
+    """One network's optimiser. Matrices are decayed by weight_decay; vectors (norms, biases) never are."""
+
+    name: Literal["adamw", "radam"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+class ScheduleConfig(Model):
+    """lr(step) = lr * warm-up * decay: linear over `warmup` steps, then constant, cosine or linear to `final`."""
+
+    warmup: int = 0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    final: float = 0.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """The multiplier at a step: a pure function, so a resumed run needs no state for it."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        u = (step - self.warmup) / max(steps - self.warmup, 1)
+        falling = {"constant": 1.0, "linear": 1 - u, "cosine": (1 + math.cos(math.pi * u)) / 2}[self.decay]
+        return self.final + (1 - self.final) * falling
+
+
+def make_optimizer(network: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """An optimiser over every parameter, trainable in this turn or not: turns switch requires_grad, not membership."""
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "radam":
+        return torch.optim.RAdam(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, decoupled_weight_decay=True, foreach=True
+        )
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class Precision:
+    """Autocast round the loss; masters, gradients and optimiser states stay float32. fp16 also scales the loss."""
+
+    def __init__(self, name: Literal["fp32", "bf16", "fp16"], device: torch.device) -> None:
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)

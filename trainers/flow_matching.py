@@ -1,0 +1,61 @@
+"""Train a teacher from data: regress the velocity of the straight line between noise and data (2210.02747, 2209.03003).
+
+    t ~ U(0, 1) or logit-normal,   x_t = (1 - t) x0 + t eps,   L = E | v(x_t, t, c) - (eps - x0) |^2
+
+On any path: x_t is mixed on the rectified-flow view and the network answers on its own path. Labels are dropped with
+probability `drop_label`, so that the teacher can be guided and can generate without a label.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastgen import cond as conditions
+from fastgen.config import Model
+from fastgen.layout import mean
+from fastgen.paths import RectifiedFlow
+from fastgen.student import SamplerSpec
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+
+RF = RectifiedFlow()
+
+
+class FlowMatching(Method):
+    """Networks: the teacher-to-be (named "student" as every exported network)."""
+
+    class Config(Model):
+        name: Literal["flow_matching"] = "flow_matching"
+        drop_label: float = 0.1
+        times: Literal["uniform", "logit_normal"] = "uniform"
+
+    makes = "teacher"
+    preview_steps = 8
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.needs = frozenset({"x0"})
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(trains=("student",), loss=self.loss),)
+
+    def loss(self, batch: Batch) -> Loss:
+        cond = batch.cond if self.student.num_classes is not None else None
+        if cond is not None:
+            cond = conditions.replace(cond, self.student.null, batch.uniform("drop") < self.config.drop_label)
+        t = batch.uniform("t") if self.config.times == "uniform" else batch.normal("t", ()).sigmoid()
+        eps = batch.normal("eps", self.student.shape)
+        pair = self.student(RF.mix(batch.x0, eps, t), t, cond, on=RF)
+        return velocity_error(pair.velocity, eps - batch.x0)
+
+    def sampler(self) -> SamplerSpec:
+        path = self.student.path
+        return SamplerSpec(path=path, times={n: path.grid(n) for n in (1, 2, 4, 8, 25)}, init=path.init)
+
+
+def velocity_error(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over coordinates and samples."""
+    return torch.mean(mean((velocity - target).square()))

@@ -1,0 +1,55 @@
+"""Give a closed-form teacher weights: regress its exact velocity, so that methods can start "from the teacher".
+
+    x0 from the teacher's own law, t ~ U(0, 1),   L = E | v(x_t, t, c) - v_teacher(x_t, t, c) |^2
+
+The target is the conditional mean itself, not a noisy sample of it, so a small network learns it in few steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastgen import cond as conditions
+from fastgen.config import Model
+from fastgen.errors import UserError
+from fastgen.paths import RectifiedFlow
+from fastgen.student import SamplerSpec
+from fastgen.teachers.mixture import Mixture
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.flow_matching import velocity_error
+
+RF = RectifiedFlow()
+
+
+class Imitate(Method):
+    """Networks: the copy. Frozen: the closed-form teacher. No data."""
+
+    class Config(Model):
+        name: Literal["imitate"] = "imitate"
+        drop_label: float = 0.1
+
+    makes = "teacher"
+    preview_steps = 8
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.teacher is None or not isinstance(self.teacher.denoiser, Mixture):
+            raise UserError("method imitate copies a closed-form teacher; set teacher: {family: mixture, ...}")
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(trains=("student",), loss=self.loss),)
+
+    def loss(self, batch: Batch) -> Loss:
+        cond = None
+        if (classes := self.teacher.num_classes) is not None:
+            cond = {"label": batch.integers("label", classes)}
+            cond = conditions.replace(cond, self.teacher.denoiser.null, batch.uniform("drop") < self.config.drop_label)
+        x0 = self.teacher.denoiser.sample(batch.seed, "imitate", batch.rows, cond)
+        t = batch.uniform("t")
+        x = RF.mix(x0, batch.normal("eps", self.teacher.shape), t)
+        return velocity_error(self.student(x, t, cond, on=RF).velocity, self.teacher(x, t, cond, on=RF).velocity)
+
+    def sampler(self) -> SamplerSpec:
+        path = self.student.path
+        return SamplerSpec(path=path, times={n: path.grid(n) for n in (1, 2, 4, 8, 25)}, init=path.init)
