@@ -1,6 +1,6 @@
 """A small classifier whose penultimate layer is a feature space, and the command that trains the shipped one.
 
-    python -m fastgen.eval.classifier     train on the digits' train split, write eval/weights/digits-classifier.safetensors
+    python -m fastgen.eval.classifier    train on the digits' train split, write weights/digits-classifier.safetensors
 
 Numbers measured in its features compare only within one hash: training again, here or elsewhere, makes another space.
 """

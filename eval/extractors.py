@@ -81,11 +81,11 @@ class _RandomConvNet(nn.Module):
     def __init__(self, channels: int, seed: int) -> None:
         super().__init__()
         widths = (channels, 32, 64, 128)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(widths[i], widths[i + 1], 3, stride=min(i, 1) + 1, padding=1, bias=False) for i in range(3)
-        )
-        for i, conv in enumerate(self.convs):
+        self.convs = nn.ModuleList()
+        for i in range(3):
+            conv = nn.Conv2d(widths[i], widths[i + 1], 3, stride=1 if i == 0 else 2, padding=1, bias=False)
             conv.weight.data = _orthogonal(seed, i, conv.weight.shape)
+            self.convs.append(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.convs:

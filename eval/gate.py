@@ -45,39 +45,46 @@ class Check:
 
 @dataclass(frozen=True)
 class Seen:
-    """Images [N, C, H, W] as the judge sees them: features [N, D] and the class it reads in each, int64 [N]."""
+    """Images [N, C, H, W] as the judge sees them: the class it reads in each, int64 [N], and figures against the
+    training split: FD, FD against held-out images, KID, precision, recall, median distance to the nearest image."""
 
     images: Tensor
-    features: Tensor
     found: Tensor
+    figures: dict[str, float]
 
 
 class Judge:
     """Real data seen through one extractor: the training split is the reference, held-out images are the floor."""
 
     def __init__(self, extractor: Classifier, train: Tensor, held_out: Tensor) -> None:
-        self.extractor = extractor
-        self.train, self.held_out = self.see(train), self.see(held_out)
+        self.extractor, self.train = extractor, train
+        self._train, self._held_out = extractor(train), extractor(held_out)
+        self.held_out = self.see(held_out)
 
     def see(self, images: Tensor) -> Seen:
-        return Seen(images, self.extractor(images), self.extractor.classify(images).argmax(-1))
+        """Everything that is measured of a set of images."""
+        features = self.extractor(images)
+        precision, recall = metrics.precision_recall(self._train, features)
+        kid, kid_std = metrics.kid(features, self._train)
+        figures = {
+            "fd": metrics.frechet(features, self._train),
+            "fd_held_out": metrics.frechet(features, self._held_out),
+            "kid": kid,
+            "kid_std": kid_std,
+            "precision": precision,
+            "recall": recall,
+            "nearest": metrics.nearest_distance(images.flatten(1), self.train.flatten(1)),
+        }
+        return Seen(images, self.extractor.classify(images).argmax(-1), figures)
 
-    def frechet(self, seen: Seen) -> float:
-        """FD to the training split."""
-        return metrics.frechet(seen.features, self.train.features)
-
-    def recall(self, seen: Seen) -> tuple[float, float]:
-        """(precision, recall) with k = 3 against the training split."""
-        return metrics.precision_recall(self.train.features, seen.features)
-
-    def nearest(self, images: Tensor) -> float:
-        """Median pixel distance to the nearest training image."""
-        return metrics.nearest_distance(images.flatten(1), self.train.images.flatten(1))
+    def frechet(self, images: Tensor) -> float:
+        """FD to the training split alone, for rows of which nothing else is asked."""
+        return metrics.frechet(self.extractor(images), self._train)
 
     @property
     def floor(self) -> float:
         """FD of held-out real images to the training split: nothing honest is expected below it by much."""
-        return self.frechet(self.held_out)
+        return self.held_out.figures["fd"]
 
 
 def gap_closed(teacher_1: float, teacher_many: float, student: float) -> float:
@@ -89,11 +96,10 @@ def common_checks(
     judge: Judge, student: Seen, teacher: Seen, one_step: Seen, *, deterministic: bool
 ) -> dict[str, Check]:
     """The checks that hold with labels and without: all three sampled from the same noise and conditions."""
-    fd = [judge.frechet(seen) for seen in (one_step, teacher, student)]
     values = {
-        "gap_closed": gap_closed(*fd),
-        "recall_ratio": judge.recall(student)[1] / judge.recall(teacher)[1],
-        "nearest_ratio": judge.nearest(student.images) / judge.nearest(judge.held_out.images),
+        "gap_closed": gap_closed(*(seen.figures["fd"] for seen in (one_step, teacher, student))),
+        "recall_ratio": student.figures["recall"] / teacher.figures["recall"],
+        "nearest_ratio": student.figures["nearest"] / judge.held_out.figures["nearest"],
     }
     if deterministic:
         own, reference = (metrics.rmse(s.images, teacher.images) for s in (student, one_step))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +36,17 @@ VGG: Layers = (
     *[(512, 3, 1, 1)] * 3,
 )
 
-# net: layers, the indices in torchvision's `features` after which an activation is read, the least side.
-NETS: dict[str, tuple[Layers, tuple[int, ...], int]] = {
-    "alex": (ALEX, (1, 4, 7, 9, 11), 31),
-    "vgg": (VGG, (3, 8, 15, 22, 29), 16),
+
+class _Net(NamedTuple):
+    layers: Layers
+    reads: tuple[int, ...]  # indices in torchvision's `features` of the activations that are compared
+    widths: tuple[int, ...]  # and their channels
+    least_side: int  # of an image that reaches the last of them
+
+
+NETS = {
+    "alex": _Net(ALEX, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
+    "vgg": _Net(VGG, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
 }
 SOURCES = {
     ("alex", "trunk"): "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
@@ -65,10 +73,10 @@ class LPIPS(nn.Module):
         super().__init__()
         if net not in NETS:
             raise UserError(f"lpips.net={net}: no such net; {suggestion(net, NETS)}")
-        layers, self.reads, self.least_side = NETS[net]
+        layers, self.reads, widths, self.least_side = NETS[net]
         self.features = _trunk(layers)
-        for i, read in enumerate(self.reads):
-            self.add_module(f"lin{i}", _Head(len(self.features[read - 1].weight)))
+        for i, width in enumerate(widths):
+            self.add_module(f"lin{i}", _Head(width))
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
         self.trunk_sha256 = self._load(Path(trunk), net, "trunk", "features.")
@@ -156,7 +164,7 @@ class _Head(nn.Module):
 
 
 def _unit(x: Tensor, eps: float = 1e-10) -> Tensor:
-    """Unit length over channels. `vector_norm` has gradient 0 where all channels are 0; a written-out root gives NaN."""
+    """Unit length over channels. `vector_norm` has gradient 0 where all channels are 0; a written-out root has NaN."""
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps)
 
 

@@ -127,9 +127,10 @@ class Moments:
             raise ValueError("exact moments cannot be added to")
         if not other.count:
             return self
-        if not self.count:
+        if self._mean is None or self._scatter is None:
             self.count, self._mean, self._scatter = other.count, other._mean, other._scatter
             return self
+        assert other._scatter is not None
         total, delta = self.count + other.count, other.mean - self.mean
         weight = self.count * other.count / total
         self._scatter = self._scatter + other._scatter + torch.outer(delta, delta) * weight
@@ -147,7 +148,6 @@ def frechet(a: Moments | Tensor, b: Moments | Tensor, route: str = "auto") -> fl
     when raw features are fewer than D. Fewer samples than D also warn: the distance is then mostly bias. Negative
     round-off eigenvalues are clamped; nothing is ever added to a diagonal.
     """
-    raw = isinstance(a, Tensor) and isinstance(b, Tensor)
     first, second = (Moments.of(m) if isinstance(m, Tensor) else m for m in (a, b))
     fewest, width = min(first.count, second.count), len(first.mean)
     if len(second.mean) != width:
@@ -157,14 +157,15 @@ def frechet(a: Moments | Tensor, b: Moments | Tensor, route: str = "auto") -> fl
             f"Frechet distance of {fewest} samples in {width} dimensions: rank-deficient and biased upwards",
             stacklevel=2,
         )
+    raw = [m for m in (a, b) if isinstance(m, Tensor)]
     if route == "auto":
-        route = "svd" if raw and fewest < width else "eigh"
-    if route == "svd" and not raw:
-        raise ValueError("the svd route needs the raw features of both sets, not their moments")
-    if route == "svd":
-        root = _root_trace_svd(_rows(a) - first.mean, _rows(b) - second.mean)
-    elif route == "eigh":
+        route = "svd" if len(raw) == 2 and fewest < width else "eigh"
+    if route == "eigh":
         root = _root_trace_eigh(first.cov, second.cov)
+    elif route == "svd":
+        if len(raw) < 2:
+            raise ValueError("the svd route needs the raw features of both sets, not their moments")
+        root = _root_trace_svd(_rows(raw[0]) - first.mean, _rows(raw[1]) - second.mean)
     else:
         raise ValueError(f"unknown route '{route}'; known: auto, eigh, svd")
     shift = (first.mean - second.mean).square().sum()

@@ -23,9 +23,10 @@ TEACHER_STEPS = (1, 2, 4)
 FEW_SOLVERS = ("euler", "dpm++")  # the free baselines: the better of the two stands in the table
 
 
-def whole(data: DataSet) -> Tensor:
-    """All images of a data set."""
-    return torch.cat([data.get(index)["x0"] for index in torch.arange(len(data)).split(1000)])
+def whole(data: DataSet) -> dict[str, Tensor]:
+    """All samples of a data set, {"x0": [N, ...], "label": [N] if labelled}."""
+    parts = [data.get(index) for index in torch.arange(len(data)).split(1000)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def image_protocol(
@@ -38,7 +39,7 @@ def image_protocol(
     """
     if not isinstance(extractor, Classifier):
         raise ValueError("the gate reads labels: it needs a classifier")
-    judge = Judge(extractor, whole(train), whole(held_out))
+    judge = Judge(extractor, whole(train)["x0"], whole(held_out)["x0"])
     classes = teacher.num_classes
     rows = torch.arange(n)
     report: dict[str, Any] = {"n": n, "n_ref": len(train), "seed": seed, "real_floor": judge.floor}
@@ -56,7 +57,8 @@ def image_protocol(
         else:
             checks |= gate.shares_check(seen["student"], seen["teacher"], extractor.num_classes)
         report["gate"] |= {name + suffix: check.to_dict() for name, check in checks.items()}
-        report["null" if suffix else "labels"] = _figures(judge, seen)
+        rows_seen = {**seen, "held_out": judge.held_out}
+        report["null" if suffix else "labels"] = {name: one.figures for name, one in rows_seen.items()}
         if not suffix:
             report |= _curves(judge, student, teacher, rows, seed, cond, seen)
     report["gate_passed"] = all(check["passed"] for check in report["gate"].values())
@@ -72,42 +74,23 @@ def _samples(judge: Judge, student: Student, teacher: Teacher, rows: Tensor, see
     }
 
 
-def _figures(judge: Judge, seen: dict[str, Seen]) -> dict[str, dict[str, float]]:
-    """The numbers behind the checks, for the student, the teacher at many steps and at one, and held-out images."""
-    rows = {**seen, "held_out": judge.held_out}
-    figures = {}
-    for name, one in rows.items():
-        precision, recall = judge.recall(one)
-        kid, kid_std = metrics.kid(one.features, judge.train.features)
-        figures[name] = {
-            "fd": judge.frechet(one),
-            "fd_held_out": metrics.frechet(one.features, judge.held_out.features),
-            "kid": kid,
-            "kid_std": kid_std,
-            "precision": precision,
-            "recall": recall,
-            "nearest": judge.nearest(one.images),
-        }
-    return figures
-
-
 def _curves(
     judge: Judge, student: Student, teacher: Teacher, rows: Tensor, seed: int, cond: Cond, seen: dict[str, Seen]
 ) -> dict[str, Any]:
     """FD against the number of steps, for the teacher with its better few-step solver, and for the student."""
-    first, many = judge.frechet(seen["one"]), judge.frechet(seen["teacher"])
+    first, many = seen["one"].figures["fd"], seen["teacher"].figures["fd"]
     teacher_fd, solvers = {1: first}, {1: "euler"}
     for steps in TEACHER_STEPS[1:]:
         tried = {
-            solver: judge.frechet(judge.see(draw(teacher, rows, seed=seed, steps=steps, solver=solver, cond=cond)))
+            solver: judge.frechet(draw(teacher, rows, seed=seed, steps=steps, solver=solver, cond=cond))
             for solver in FEW_SOLVERS
         }
         solvers[steps] = min(tried, key=tried.__getitem__)
         teacher_fd[steps] = tried[solvers[steps]]
     one = min(student.sampler.times)
-    student_fd = {one: judge.frechet(seen["student"])}
+    student_fd = {one: seen["student"].figures["fd"]}
     for steps in sorted(student.sampler.times)[1:]:
-        student_fd[steps] = judge.frechet(judge.see(draw(student, rows, seed=seed, steps=steps, cond=cond)))
+        student_fd[steps] = judge.frechet(draw(student, rows, seed=seed, steps=steps, cond=cond))
     closed = {steps: gate.gap_closed(first, many, fd) for steps, fd in student_fd.items()}
     return {
         "teacher": {"fd": _keys({**teacher_fd, MANY: many}), "solver": _keys({**solvers, MANY: "heun"})},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
@@ -122,9 +123,8 @@ class Denoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights (or, without any, the buffers) lie."""
-        tensor = next(self.parameters(), None)
-        tensor = tensor if tensor is not None else next(self.buffers(), None)
-        return tensor.device if tensor is not None else torch.device("cpu")
+        tensor = next(chain(self.parameters(), self.buffers()), None)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     def describe(self) -> dict[str, Any]:
         """Everything but the weights, as plain data for `fastgen.json`."""

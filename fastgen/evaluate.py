@@ -41,7 +41,7 @@ def evaluate(
     classes = loaded.model.denoiser.num_classes
     labels = None if classes is None else torch.arange(num) % classes
     images = loaded.sample(num=num, labels=labels, steps=steps, seed=seed, batch=500)
-    real, held = whole(train), whole(held_out)
+    real, held = whole(train)["x0"], whole(held_out)["x0"]
     gen_f, real_f, held_f = see(images), see(real), see(held)
 
     def result(metric: str, value: float, floor: float | None = None) -> Result:

@@ -38,10 +38,18 @@ def _space_explained(path: Path) -> Iterator[None]:
     """Turn a full disk into one line that names the file and the mend."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _out_of_space(error, path.parent):
             raise RunFailed(f"{path}: no space left on the device; free some and run again with --resume") from error
         raise
+
+
+def _out_of_space(error: Exception, folder: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, RuntimeError):  # torch.save says no more than "unexpected pos"
+        return folder.exists() and shutil.disk_usage(folder).free < 1 << 20
+    return f"os error {errno.ENOSPC}" in str(error)  # safetensors
 
 
 @contextmanager
@@ -104,13 +112,22 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         with _space_explained(path):
             yield temporary
         with _explained(path):
-            (temporary / COMPLETE).touch()
-            for entry in [*sorted(temporary.rglob("*")), temporary]:
-                _fsync(entry)
+            _seal(temporary)
             _swap(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _seal(folder: Path) -> None:
+    """Mark a folder complete and make all of it durable."""
+    mark = folder / COMPLETE
+    mark.touch()
+    for entry in sorted(folder.rglob("*")):
+        if entry.is_file():
+            entry.chmod(mark.stat().st_mode)  # safetensors leaves its files to their owner alone
+        _fsync(entry)
+    _fsync(folder)
 
 
 def _swap(new: Path, path: Path) -> None:

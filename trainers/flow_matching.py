@@ -2,7 +2,8 @@
 
     t ~ U(0, 1) or logit-normal,   x_t = (1 - t) x0 + t eps,   L = E | v(x_t, t, c) - (eps - x0) |^2
 
-On any path: x_t is mixed on the rectified-flow view and the network answers on its own path. Labels are dropped with
+On any path: x_t is mixed on the rectified-flow view and the network answers on its own path; where that ends before
+pure noise, t is shrunk to what it reaches. Labels are dropped with
 probability `drop_label`, so that the teacher can be guided and can generate without a label.
 """
 
@@ -11,12 +12,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fastgen import cond as conditions
 from fastgen.config import Model
 from fastgen.layout import mean
-from fastgen.paths import RectifiedFlow
+from fastgen.paths import Path, RectifiedFlow
 from fastgen.student import SamplerSpec
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
 
@@ -28,7 +30,7 @@ class FlowMatching(Method):
 
     class Config(Model):
         name: Literal["flow_matching"] = "flow_matching"
-        drop_label: float = 0.1
+        drop_label: float = Field(default=0.1, ge=0, le=1)
         times: Literal["uniform", "logit_normal"] = "uniform"
 
     makes = "teacher"
@@ -46,7 +48,8 @@ class FlowMatching(Method):
         cond = batch.cond if self.student.num_classes is not None else None
         if cond is not None:
             cond = conditions.replace(cond, self.student.null, batch.uniform("drop") < self.config.drop_label)
-        t = batch.uniform("t") if self.config.times == "uniform" else batch.normal("t", ()).sigmoid()
+        u = batch.uniform("t") if self.config.times == "uniform" else batch.normal("t", ()).sigmoid()
+        t = last_time(self.student.path) * u
         eps = batch.normal("eps", self.student.shape)
         pair = self.student(RF.mix(batch.x0, eps, t), t, cond, on=RF)
         return velocity_error(pair.velocity, eps - batch.x0)
@@ -54,6 +57,14 @@ class FlowMatching(Method):
     def sampler(self) -> SamplerSpec:
         path = self.student.path
         return SamplerSpec(path=path, times={n: path.grid(n) for n in (1, 2, 4, 8, 25)}, init=path.init)
+
+
+def last_time(path: Path) -> float:
+    """The rectified-flow time of a path's last level: 1, or less where it ends before pure noise (SD's betas: 0.936).
+
+    Beyond it a network sees one level for every t, so a loss there would blend all of them into its last level.
+    """
+    return float(RF.time(*path.levels(torch.tensor(path.start, dtype=torch.float64))))
 
 
 def velocity_error(velocity: Tensor, target: Tensor) -> Tensor:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from fastgen import cond as conditions
 from fastgen.config import Model
 from fastgen.errors import UserError
-from fastgen.paths import RectifiedFlow
 from fastgen.student import SamplerSpec
 from fastgen.teachers.mixture import Mixture
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
-from fastgen.trainers.flow_matching import velocity_error
-
-RF = RectifiedFlow()
+from fastgen.trainers.flow_matching import RF, last_time, velocity_error
 
 
 class Imitate(Method):
@@ -26,7 +25,7 @@ class Imitate(Method):
 
     class Config(Model):
         name: Literal["imitate"] = "imitate"
-        drop_label: float = 0.1
+        drop_label: float = Field(default=0.1, ge=0, le=1)
 
     makes = "teacher"
     preview_steps = 8
@@ -46,7 +45,7 @@ class Imitate(Method):
             cond = {"label": batch.integers("label", classes)}
             cond = conditions.replace(cond, self.teacher.denoiser.null, batch.uniform("drop") < self.config.drop_label)
         x0 = self.teacher.denoiser.sample(batch.seed, "imitate", batch.rows, cond)
-        t = batch.uniform("t")
+        t = last_time(self.student.path) * batch.uniform("t")
         x = RF.mix(x0, batch.normal("eps", self.teacher.shape), t)
         return velocity_error(self.student(x, t, cond, on=RF).velocity, self.teacher(x, t, cond, on=RF).velocity)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from fastgen import cond as conditions
 from fastgen import noise
@@ -26,14 +27,14 @@ from fastgen.teacher import Teacher
 class PairsConfig(Model):
     """num pairs of `steps` solver steps; labels are uniform, and dropped for `null_share` of the rows."""
 
-    num: int = 20_000
+    num: int = Field(default=20_000, ge=1)
     solver: Literal["euler", "heun", "dpm++", "unipc"] = "heun"
-    steps: int = 25
+    steps: int = Field(default=25, ge=1)
     guidance: float | None = None
-    null_share: float = 0.1
-    per_shard: int = 2000
-    batch: int = 500
-    limit: float = 20.0  # end points with |x0| beyond it, or not finite, are left out and recorded
+    null_share: float = Field(default=0.1, ge=0, le=1)
+    per_shard: int = Field(default=2000, ge=1)
+    batch: int = Field(default=500, ge=1)
+    limit: float = Field(default=20.0, gt=0)  # end points with |x0| beyond it, or not finite, are left out and recorded
 
 
 def make_pairs(
@@ -72,7 +73,7 @@ def manifest(teacher: Teacher, config: PairsConfig, *, seed: int, tag: str) -> d
         "solver": config.solver,
         "steps": config.steps,
         "guidance": config.guidance if config.guidance is not None else teacher.guidance,
-        "null_share": config.null_share if teacher.num_classes is not None else None,
+        "null_share": config.null_share if teacher.denoiser.null is not None else None,
         "shape": list(teacher.shape),
         "num_classes": teacher.num_classes,
         "total": config.num,

@@ -1,32 +1,34 @@
 """Rectified flow, round k: straighten a teacher's trajectories, then cut them to one step (2209.03003, 2309.06380).
 
-    pairs (eps, x0) with x0 = ODE[teacher](eps | c)                         made beforehand: `fastgen.trainers.pairs`
-    reflow   t ~ p(t),       x_t = (1 - t) x0 + t eps,   L = E D(v(x_t, t, c), eps - x0)
-    distil   t on the student's own step times only, the first of them on the noise that its sampler feeds
+    pairs    z -> x0 = ODE[teacher](z | c)                                   made beforehand: `fastgen.trainers.pairs`
+    line     x_t = x0 + t v,   v = (s z - x0) / T                            from the sampler's first state s z at t = T
+    reflow   t ~ p(t),                              L = E D(v_student(x_t, t, c), v)
+    distil   t on the student's own step times only
 
 t = 1 is noise here (the papers' t = 1 is data). Everything is a velocity on the rectified-flow view, so an eps or v
-network keeps its own path and is exact at step 0; beyond its last level (SD 1.x: t = 0.936) it is never asked.
+network keeps its own path and is exact at step 0. On a rectified flow T = s = 1 and v = z - x0. A network whose table
+ends before pure noise is never asked beyond its last level: SD 1.x starts at T = 0.936 on noise of unit variance,
+s = 0.938. With v = z - x0 there too, one step would end 6 % short of x0.
 """
 
 from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fastgen.config import Model
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.layout import expand, mean, sumsq
-from fastgen.paths import RectifiedFlow
+from fastgen.layout import expand, mean, sumsq, wide
 from fastgen.samplers import few_step, ode
 from fastgen.student import SamplerSpec
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
-
-RF = RectifiedFlow()
+from fastgen.trainers.flow_matching import RF, last_time
 
 
 class Reflow(Method):
@@ -35,10 +37,11 @@ class Reflow(Method):
     class Config(Model):
         name: Literal["reflow"] = "reflow"
         times: Literal["uniform", "u_shape", "steps"] = "uniform"  # "steps": the distillation stage
-        steps: tuple[int, ...] = (1, 2, 4)  # what the student will be sampled with; "steps" trains the times of these
+        # What the student will be sampled with; "steps" trains the times of these.
+        steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4), min_length=1)
         loss: Literal["l2", "huber", "lpips", "lpips_huber"] = "l2"
-        huber_c: float = 0.00054  # times the number of coordinates (2405.20320)
-        u_shape_a: float = 4.0
+        huber_c: float = Field(default=0.00054, gt=0)  # times the number of coordinates (2405.20320)
+        u_shape_a: float = Field(default=4.0, gt=0)
 
     experimental = "the export of its students to stock pipelines is not built yet"
 
@@ -55,16 +58,15 @@ class Reflow(Method):
         return (Turn(trains=("student",), loss=self.loss),)
 
     def loss(self, batch: Batch) -> Loss:
-        t, x = self.states(batch)
-        pair = self.student(x, t, batch.cond, on=RF)
-        target = batch["eps"] - batch.x0
-        error = pair.velocity - target
+        t, x, target = self.line(batch)
+        velocity = self.student(x, t, batch.cond, on=RF).velocity
+        error = velocity - target
         kind, logs = self.config.loss, {"velocity_mse": error.square().mean()}
         if kind == "l2":
             return mean(error.square()).mean(), logs
         if kind == "huber":
             return pseudo_huber(error, self.config.huber_c).mean(), logs
-        perceptual = self.distance(x - expand(t, x) * pair.velocity, batch.x0)
+        perceptual = self.distance(x - expand(t, x) * velocity, batch.x0)
         if kind == "lpips":
             return perceptual.mean(), logs
         return ((1 - t) * pseudo_huber(error, self.config.huber_c) + perceptual).mean(), logs
@@ -78,42 +80,39 @@ class Reflow(Method):
             "straightness": ode.straightness(student, batch["eps"], steps=20, cond=batch.cond),
         }
 
-    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Times on the rectified-flow view and the states there: (t [B], x_t [B, ...])."""
-        x0, eps = batch.x0, batch["eps"]
-        if self.config.times != "steps":
-            u = batch.uniform("t")
-            u = u if self.config.times == "uniform" else u_shape(u, self.config.u_shape_a)
-            t = u * self.last_time.to(u)
-            return t, RF.mix(x0, eps, t)
-        times = self.step_times.to(x0)
-        k = batch.integers("t", len(times))
-        t = times[k]
-        # The first state of a run is noise alone, at the scale its sampler feeds, not a mixture with data.
-        first = expand(t >= self.last_time.to(t), x0)
-        return t, torch.where(first, self.first_scale * eps, RF.mix(x0, eps, t))
+    def line(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """A place on each pair's line and the line's velocity: (t [B], x_t [B, ...], d x / d t [B, ...])."""
+        t = self.times(batch)
+        velocity = (self.first_scale * batch["eps"] - batch.x0) / self.last_time
+        return t, batch.x0 + expand(t, velocity) * velocity, velocity
+
+    def times(self, batch: Batch) -> Tensor:
+        """Times on the rectified-flow view, [B], none beyond `last_time`."""
+        if self.config.times == "steps":
+            times = self.step_times.to(wide(batch.x0))
+            return times[batch.integers("t", len(times))]
+        u = batch.uniform("t")
+        return self.last_time * (u if self.config.times == "uniform" else u_shape(u, self.config.u_shape_a))
 
     @cached_property
-    def last_time(self) -> Tensor:
-        """The rectified-flow time of the network's last level: 1, or less where its table ends before pure noise."""
-        return RF.time(*self._start_levels)
-
-    @cached_property
-    def _start_levels(self) -> tuple[Tensor, Tensor]:
-        return self.student.path.levels(torch.tensor(self.student.path.start))
+    def last_time(self) -> float:
+        """The rectified-flow time T at which the student's runs begin."""
+        return last_time(self.student.path)
 
     @cached_property
     def first_scale(self) -> float:
         """The sampler's first state over its noise, on the rectified-flow view, where alpha + sigma = 1."""
-        alpha, sigma = (float(level) for level in self._start_levels)
-        return (1.0 if self.sampler().init == "unit" else sigma) / (alpha + sigma)
+        spec, one = self.sampler(), torch.ones((), dtype=torch.float64)
+        alpha, sigma = spec.path.levels(spec.path.start * one)
+        return float(few_step.initial(spec, one, self.config.steps[0]) / (alpha + sigma))
 
     @cached_property
     def step_times(self) -> Tensor:
-        """Every rectified-flow time at which the student will be evaluated, with repetitions: a step count is drawn
-        as often as it has steps."""
-        spec = self.sampler()
-        times = torch.tensor([t for n in self.config.steps for t in spec.times[n]])
+        """The rectified-flow times at which the student will be evaluated, repeated so that drawing one of them evenly
+        draws every step count as often as any other, and then one of its times."""
+        spec, every = self.sampler(), math.lcm(*self.config.steps)
+        repeated = [t for n in self.config.steps for t in spec.times[n] for _ in range(every // n)]
+        times = torch.tensor(repeated, dtype=torch.float64)
         return RF.time(*spec.path.levels(times))
 
     def sampler(self) -> SamplerSpec:

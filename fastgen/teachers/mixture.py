@@ -39,6 +39,13 @@ class Mixture(Denoiser):
     """A Gaussian mixture as a denoiser without a network. Arithmetic is in float64, pairs have the dtype of x."""
 
     family = "mixture"
+    weights: Tensor
+    means: Tensor
+    covs: Tensor
+    values: Tensor
+    vectors: Tensor
+    labels: Tensor | None
+    shares: Tensor
 
     def __init__(self, weights: Tensor, means: Tensor, covs: Tensor, labels: Tensor | None = None) -> None:
         weights, means, covs = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covs))
@@ -89,7 +96,7 @@ class Mixture(Denoiser):
         log = self.weights.log()
         if self.labels is None:
             return log[None]
-        inside = self.labels == torch.arange(self.num_classes)[:, None]
+        inside = self.labels == torch.arange(int(self.labels.max()) + 1)[:, None]
         return torch.cat([log.masked_fill(~inside, -torch.inf).log_softmax(-1), log[None]])
 
     def _log_weights(self, cond: Cond, n: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ Velocity = Callable[[Array, float], Array]
 def flow(velocity: Velocity, z: Array, stops: tuple[float, ...], steps: int = 400) -> tuple[Array, Array]:
     """States at the stops [S, B, D], and int |v|^2 dt [B] by Simpson's rule, with classical Runge-Kutta steps."""
     states, energy, x = [z], np.zeros(len(z)), z
-    for begin, end in zip(stops, stops[1:], strict=False):
+    for begin, end in pairwise(stops):
         h = (end - begin) / steps
         for i in range(steps):
             t = begin + i * h
@@ -262,11 +263,10 @@ def flows(law: Law, z0: Array, results: dict[str, Any]) -> dict[str, Array]:
     z1 = states[-1]
     straight = energy - ((z1 - z0) ** 2).sum(1)
     h, weights = 2e-3, (0.75, -0.15, 1 / 60)
-    columns = []
-    for axis in np.eye(2):
-        ends = [flow(law.velocity, z0 + k * h * axis, (0.0, 1.0))[0][-1] for k in (1, 2, 3, -1, -2, -3)]
-        columns.append(sum(w / h * (ends[i] - ends[i + 3]) for i, w in enumerate(weights)))
-    jacobian, t = np.stack(columns, -1), np.linspace(0, 1, 101)[:, None, None, None]
+    moved = np.array([[z0 + k * h * axis for axis in np.eye(2)] for k in (1, 2, 3, -1, -2, -3)])
+    ends = flow(law.velocity, moved.reshape(-1, 2), (0.0, 1.0))[0][-1].reshape(moved.shape)
+    jacobian = sum(w / h * (ends[i] - ends[i + 3]) for i, w in enumerate(weights)).transpose(1, 2, 0)
+    t = np.linspace(0, 1, 101)[:, None, None, None]
     det = np.linalg.det((1 - t) * np.eye(2) + t * jacobian)
     ends = {n: euler(law.velocity, z0, n) for n in (1, 3, 20)}
     off = discrete_straightness(ends[20])
