@@ -32,6 +32,7 @@ class Extractor(Protocol):
 
     name: str
     dim: int
+    channels: int
     sha256: str
     input_spec: str
 
@@ -163,11 +164,11 @@ class _Features(nn.Module):
         return self.net.features(x)
 
 
-def load_extractor(name: str, data: DataSet) -> Extractor:
+def load_extractor(name: str, data: DataSet, steps: int = 1000) -> Extractor:
     """The extractor of that name for a data set's images.
 
     name: "pooled-pixels", "random-conv", "classifier" (for digits the shipped weights, for any other labelled data set
-    one trained here and now, seed 0, a minute or two), or the path of a classifier's .safetensors file.
+    one trained here and now, seed 0, `steps` steps, a minute or two), or the path of a classifier's .safetensors file.
     """
     if name == "pooled-pixels":
         return PooledPixels(data.shape)
@@ -176,7 +177,7 @@ def load_extractor(name: str, data: DataSet) -> Extractor:
     if name == "classifier":
         if isinstance(data, Digits):  # by type: the held-out part of a user's folder may be called digits/... too
             return Classifier.load(WEIGHTS)
-        return Classifier(train_classifier(data), f"{data.name.split('/')[0]}-classifier")
+        return Classifier(train_classifier(data, steps=steps), f"{data.name.split('/')[0]}-classifier")
     if name.endswith(".safetensors"):
         return Classifier.load(name)
     raise UserError(f"unknown extractor '{name}'; {suggestion(name, NAMES)}")

@@ -65,7 +65,7 @@ class Judge:
         """Everything that is measured of a set of images."""
         features = self.extractor(images)
         precision, recall = metrics.precision_recall(self._train, features)
-        kid, kid_std = metrics.kid(features, self._train)
+        kid, kid_std = metrics.kid(features, self._train, subsets=20)
         figures = {
             "fd": metrics.frechet(features, self._train),
             "fd_held_out": metrics.frechet(features, self._held_out),
@@ -89,7 +89,12 @@ class Judge:
 
 def gap_closed(teacher_1: float, teacher_many: float, student: float) -> float:
     """The share of the teacher's loss from few steps that the student takes back."""
-    return (teacher_1 - student) / (teacher_1 - teacher_many)
+    return ratio(teacher_1 - student, teacher_1 - teacher_many)
+
+
+def ratio(value: float, reference: float) -> float:
+    """value / reference, and 0 where that is 0: nothing is shown by being as good as a teacher that reaches nothing."""
+    return value / reference if reference else 0.0
 
 
 def common_checks(
@@ -98,7 +103,7 @@ def common_checks(
     """The checks that hold with labels and without: all three sampled from the same noise and conditions."""
     values = {
         "gap_closed": gap_closed(*(seen.figures["fd"] for seen in (one_step, teacher, student))),
-        "recall_ratio": student.figures["recall"] / teacher.figures["recall"],
+        "recall_ratio": ratio(student.figures["recall"], teacher.figures["recall"]),
         "nearest_ratio": student.figures["nearest"] / judge.held_out.figures["nearest"],
     }
     if deterministic:

@@ -164,7 +164,7 @@ class _Head(nn.Module):
 
 
 def _unit(x: Tensor, eps: float = 1e-10) -> Tensor:
-    """Unit length over channels. `vector_norm` has gradient 0 where all channels are 0; a written-out root has NaN."""
+    """Unit length over channels; where all channels are 0 they stay so."""
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps)
 
 

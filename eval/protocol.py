@@ -132,6 +132,6 @@ def point_protocol(student: Student, teacher: Teacher, *, n: int, seed: int) -> 
     }
 
 
-def classifier_for(train: DataSet) -> Extractor:
+def classifier_for(train: DataSet, steps: int = 1000) -> Extractor:
     """The extractor of the gate: the shipped classifier for the digits, else one trained on the training part now."""
-    return load_extractor("classifier", train)
+    return load_extractor("classifier", train, steps)

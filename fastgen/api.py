@@ -27,8 +27,8 @@ def pick_device(name: str = "auto") -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()  # a device without storage fails here
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"device={name}: not available here ({str(error).splitlines()[0]})") from error
     return name
 
@@ -78,13 +78,20 @@ class Generator:
             refused = [name for name, value in (("guidance", guidance), ("solver", solver)) if value is not None]
             if refused:
                 raise UserError(f"{refused[0]}: this student has it built in; it takes num, label, steps and seed")
+        if num < 1 or batch < 1 or not 0 <= seed < 2**32:
+            raise UserError(f"num={num}, batch={batch}, seed={seed}: at least 1, at least 1, and 0 .. 2^32 - 1")
+        if label is not None and labels is not None:
+            raise UserError("label and labels: give one of them")
+        asked = torch.full((num,), label) if label is not None else labels
+        if guidance is not None and (self.model.denoiser.null is None or asked is None):
+            raise UserError(f"guidance={guidance}: it needs a label, and a model that was trained without labels too")
         default = self.steps[0] if self.steps else DEFAULT_TEACHER_STEPS
         return draw(
             self.model,
             torch.arange(num),
             seed=seed,
-            steps=steps or default,
-            cond=self._labels(torch.full((num,), label) if label is not None else labels, num),
+            steps=default if steps is None else steps,
+            cond=self._labels(asked, num),
             guidance=guidance,
             solver=solver,
             batch=batch,
@@ -99,17 +106,24 @@ class Generator:
         if labels is None:
             null = self.model.denoiser.null
             return {"label": torch.arange(num) % classes if null is None else null["label"].cpu().expand(num)}
+        if labels.shape != (num,) or labels.dtype != torch.int64:
+            raise UserError(f"labels: int64 [{num}], one for each sample, are needed")
         if labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"label: this model has the classes 0 .. {classes - 1}")
         return {"label": labels}
 
     def generate(self, prompt: str | None = None, **options: Any) -> list[Image]:
         """Like `sample`, as PIL images."""
+        self.refuse_no_pictures(prompt)
+        return images.to_pil(self.sample(**options))
+
+    def refuse_no_pictures(self, prompt: str | None = None) -> None:
+        """A prompt for a model that reads none, and samples that are no grey or RGB images, are UserErrors."""
+        shape = self.model.denoiser.shape
         if prompt is not None:
             raise UserError("a prompt: this model does not read text; it takes num, label, steps and seed")
-        if len(self.model.denoiser.shape) != 3:
-            raise UserError(f"this model makes points of shape {self.model.denoiser.shape}, not images; use sample()")
-        return images.to_pil(self.sample(**options))
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise UserError(f"this model makes samples of shape {shape}, which are no images; use sample() in Python")
 
 
 def load(path: str | Path, *, device: str = "auto") -> Generator:

@@ -6,12 +6,16 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastgen.errors import RunFailed, Stopped, UserError
+
+if TYPE_CHECKING:
+    from fastgen.stages.machine import Context, Stage
 
 logger = logging.getLogger("fastgen")
 app = typer.Typer(
@@ -22,9 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config overrides: loop.steps=100")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config overrides: loop.steps=100")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in out=FOLDER; finished stages are skipped.")]
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Repeat the run from this stage on.")]
@@ -35,45 +37,73 @@ Smoke = Annotated[
 _received: list[int] = []
 
 
-def _stop(number: int, frame: Any) -> None:
-    """The first signal asks politely: the loop saves and stops. The second one ends the process at once."""
+def _end(number: int, frame: Any) -> None:
+    """A command that has nothing to save ends at once."""
+    raise SystemExit(128 + number)
+
+
+def _ask(number: int, frame: Any) -> None:
+    """The first signal asks a run politely: it saves and stops. The second one ends the process at once."""
     if _received:
         raise SystemExit(128 + number)
     _received.append(number)
-    logger.warning("stopping after this step; once more to stop at once")
+    logger.warning("stopping where the run can be continued; once more to stop at once")
+
+
+def _on_signals(handler: Callable[[int, Any], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 def main() -> None:
     """Run the CLI and turn every ending into its exit code: 0, 1 (run failed), 2 (input), 130 / 143 (signals)."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGINT, _stop)
+    _on_signals(_end)
     try:
-        app()  # ends by SystemExit: 0, or 2 where the command line itself was wrong
+        # Without any word typer prints the help; its own way to report a mistake takes three lines.
+        sys.exit(app(standalone_mode=not sys.argv[1:]) or 0)
     except UserError as error:
         message, code = str(error), 2
     except RunFailed as error:
         message, code = str(error), 1
     except Stopped as ending:
         message, code = f"{ending}; continue with --resume", 128 + _received[0]
+    except OSError as error:  # of the machine, not of the input: a failing disk, too many open files
+        message, code = f"{error.filename or 'input or output'}: {error.strerror or error}", 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's or typer's usage errors, whose home depends on the version
+            raise
+        where = getattr(getattr(error, "ctx", None), "command_path", "fastgen")
+        message, code = f"{error.format_message()} (see `{where} --help`)", 2
     print(f"fastgen: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
-def _run(config: Path, overrides: list[str], *, smoke: bool, resume: bool, start: str | None) -> Path:
-    """Execute a config's stages; returns the run's folder."""
+def _open(config: Path, overrides: list[str], *, smoke: bool) -> tuple[list[Stage], Context]:
+    """A config's stages and their surroundings, and signals that let them save."""
     import torch
 
     from fastgen.api import pick_device
-    from fastgen.stages.machine import Context, execute, load_run
+    from fastgen.stages.machine import Context, load_run
 
     run, stages = load_run(config, overrides, smoke=smoke)
     if run.threads:
         torch.set_num_threads(run.threads)
-    context = Context(run, Path(run.out), pick_device(run.device), interrupt=lambda: bool(_received))
-    execute(run, stages, context, resume=resume, start=start)
-    return context.out
+    names = tuple(stage.name for stage in stages)
+    out, device = Path(run.out).expanduser(), pick_device(run.device)
+    context = Context(run, out, device, interrupt=lambda: bool(_received), names=names)
+    _on_signals(_ask)
+    return stages, context
+
+
+def _run(config: Path, overrides: list[str], *, smoke: bool, resume: bool, start: str | None) -> Context:
+    """Execute a config's stages; returns the surroundings they ran in."""
+    from fastgen.stages.machine import execute
+
+    stages, context = _open(config, overrides, smoke=smoke)
+    execute(context.config, stages, context, resume=resume, start=start)
+    return context
 
 
 @app.command()
@@ -88,7 +118,7 @@ def quickstart(
     from fastgen.quickstart import run
 
     run(
-        lambda overrides: _run(_config("quickstart"), overrides, smoke=False, resume=resume, start=None),
+        lambda overrides: _run(_config("quickstart"), overrides, smoke=False, resume=resume, start=None).out,
         out,
         quick=quick,
     )
@@ -103,17 +133,9 @@ def distill(
     smoke: Smoke = False,
 ) -> None:
     """Run a config: make pairs, train, distil, evaluate, as its stages say."""
-    out = _run(_config(config), overrides or [], smoke=smoke, resume=resume, start=start)
-    for line in _students(out):
-        logger.info(line)
-
-
-def _students(out: Path) -> list[str]:
-    """What a finished run has to offer, in the order it was made."""
-    from fastgen.stages.machine import RECORD
-
-    records = sorted(out.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    return [f"made {path.parent / json.loads(path.read_text())['output']}" for path in records]
+    context = _run(_config(config), overrides or [], smoke=smoke, resume=resume, start=start)
+    for name in context.names:
+        logger.info("made %s", context.artefact(name))
 
 
 def _config(name: str) -> Path:
@@ -132,20 +154,19 @@ def pairs(
     smoke: Smoke = False,
 ) -> None:
     """Make a config's teacher pairs, alone or as one of many workers; what is whole is kept, so repeating is safe."""
-    from fastgen.api import pick_device
     from fastgen.errors import suggestion
-    from fastgen.files import make_folder
-    from fastgen.stages.machine import Context, load_run
+    from fastgen.stages.machine import begin
     from fastgen.stages.pairs import Pairs
 
-    run, stages = load_run(_config(config), overrides or [], smoke=smoke)
+    stages, context = _open(_config(config), overrides or [], smoke=smoke)
     found = {one.name: one for one in stages if isinstance(one, Pairs)}
     if stage not in found:
         raise UserError(f"--stage {stage}: no such pairs stage in {config} ({suggestion(stage, found)})")
     if worker >= workers:
         raise UserError(f"--worker {worker}: the workers of --workers {workers} are numbered 0 .. {workers - 1}")
-    context = Context(run, Path(run.out), pick_device(run.device), interrupt=lambda: bool(_received))
-    folder = make_folder(context.out / stage)
+    context.artefact(found[stage].teacher)  # before a folder is made: it may be a stage that has not been run
+    found[stage].check(context)
+    folder = begin(found[stage], context)
     found[stage].make(context, folder, worker=worker, workers=workers)
     logger.info("%s: this worker's shards are whole", folder / "shards")
 
@@ -169,15 +190,15 @@ def generate(
     from fastgen import api, images
     from fastgen.files import make_folder, write_atomic
 
+    grid = out.suffix.lower() == ".png" and not out.is_dir()
+    if out.suffix and not grid and not out.is_dir():
+        raise UserError(f"--out {out}: give a .png file or a folder")
     loaded = api.load(model, device=device)
-    if prompt is not None or len(loaded.model.denoiser.shape) != 3:
-        loaded.generate(prompt)
+    loaded.refuse_no_pictures(prompt)
     samples = loaded.sample(num=num, label=label, steps=steps, seed=seed, guidance=guidance, solver=solver)
-    if out.suffix.lower() == ".png":
+    if grid:
         make_folder(out.parent)
         write_atomic(out, images.grid_png(samples))
-    elif out.suffix:
-        raise UserError(f"--out {out}: give a .png file or a folder")
     else:
         make_folder(out)
         for i, sample in enumerate(samples):

@@ -7,13 +7,21 @@ from pathlib import Path
 import torch
 
 from fastgen import api
-from fastgen.data import DataConfig
+from fastgen.data import DataConfig, detect
 from fastgen.errors import UserError
 from fastgen.eval import metrics
 from fastgen.eval.extractors import Classifier, load_extractor
 from fastgen.eval.metrics import Result
 from fastgen.eval.protocol import whole
-from fastgen.stages.train import data_part
+from fastgen.stages.train import real_images
+
+
+def _reference(name: str, shape: tuple[int, ...]) -> DataConfig:
+    """The shipped digits, or a path; files that can be read as grey or as RGB are read as the model makes them."""
+    if name == "digits":
+        return DataConfig(kind="digits")
+    either = Path(name).exists() and detect(Path(name)) in ("folder", "parquet")
+    return DataConfig(path=name, channels=1 if either and shape[0] == 1 else 3)
 
 
 def evaluate(
@@ -30,14 +38,16 @@ def evaluate(
     """FD, KID, precision, recall and nearest image against the reference's training part; with a classifier also the
     share of labels obeyed and the largest class share. The floor beside FD and KID is that of the held-out part."""
     loaded = api.load(model, device=device)
-    config = DataConfig(kind="digits") if reference == "digits" else DataConfig(path=reference)
-    train, held_out = (data_part(config, part, hold_out) for part in ("train", "held_out"))
+    config = _reference(reference, loaded.model.denoiser.shape)
+    train, held_out = real_images(config, hold_out)
     if loaded.model.denoiser.shape != tuple(train.shape):
         raise UserError(
             f"--reference {reference}: images of shape {tuple(train.shape)}, "
             f"the model makes {loaded.model.denoiser.shape}"
         )
     see = load_extractor(extractor, train)
+    if see.channels != train.shape[0]:
+        raise UserError(f"--extractor {extractor}: sees {see.channels} channel(s), the images have {train.shape[0]}")
     classes = loaded.model.denoiser.num_classes
     labels = None if classes is None else torch.arange(num) % classes
     images = loaded.sample(num=num, labels=labels, steps=steps, seed=seed, batch=500)

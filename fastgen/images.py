@@ -22,7 +22,7 @@ SMALLEST_TILE = 64
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255: (x + 1) * 127.5, rounded half to even, clamped; any shape. NaN is a RunFailed, never a black pixel."""
+    """[-1, 1] -> 0..255: (x + 1) * 127.5, rounded half to even, clamped; any shape. NaN is a RunFailed, not black."""
     images = images.detach().float()
     if torch.isnan(images).any():
         raise RunFailed("the images hold NaN: the model that made them is broken, nothing was drawn")

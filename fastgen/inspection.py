@@ -7,14 +7,17 @@ from typing import Any
 
 from fastgen import files
 from fastgen.errors import UserError
+from fastgen.stages import records
 
 
 def inspect(path: Path) -> dict[str, Any]:
     """Facts about a model folder, a run, a pair set, or data; anything else is a UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    if (path / "config.yaml").exists() and not (path / "fastgen.json").exists():
+    if any(path.glob(f"*/{records.BEGUN}")):
         return _run(path)
+    if (path / records.BEGUN).exists():
+        return {"kind": "stage", **_stage(path)}
     if (path / "manifest.json").exists():
         return _pairs(path)
     model = any((path / name).exists() for name in ("fastgen.json", "model_index.json", "mixture.json", "config.json"))
@@ -22,16 +25,16 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    stages = {}
-    for folder in sorted(p for p in path.iterdir() if p.is_dir()):
-        record = folder / "stage.json"
-        if record.exists():
-            told = files.read_json(record)
-            stages[folder.name] = f"{told['stage']}, done in {told['seconds']:.0f} s"
-        else:
-            saved = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
-            stages[folder.name] = f"not finished, newest checkpoint {saved[-1]}" if saved else "not finished"
-    return {"kind": "run", "stages": stages}
+    begun = sorted(path.glob(f"*/{records.BEGUN}"), key=lambda file: file.stat().st_mtime)
+    return {"kind": "run", "stages": {file.parent.name: _stage(file.parent) for file in begun}}
+
+
+def _stage(folder: Path) -> dict[str, Any]:
+    if (folder / records.RECORD).exists():
+        told = records.read(folder / records.RECORD)
+        return {"done": True, "stage": told["stage"], "seconds": told["seconds"], "output": told["output"]}
+    saved = records.newest_checkpoint(folder)
+    return {"done": False, "checkpoint": saved and saved.name}
 
 
 def _pairs(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The one way to a directional derivative of a network: d/dh fn(x + h v, t + h u) at h = 0.
 
-Of the attention kernels only the plain one has a forward-mode rule, and half precision drowns the tangent: so here it is
-the MATH kernel on every device, in float32, outside autocast. The tangent carries no gradient: methods use it as a target
-and run the network a second time for the gradient (two passes), which gradient checkpointing allows too.
+Of the attention kernels only the plain one has a forward-mode rule, and half precision drowns the tangent: hence the
+MATH kernel on every device, float32, outside autocast. The tangent carries no gradient: methods use it as a target and
+run the network a second time for the gradient (two passes), which gradient checkpointing allows too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def jvp(
     along = tuple(v.to(p.dtype) for v, p in zip(tangents, wide, strict=True))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
         if route == "forward":
-            value, tangent = torch.func.jvp(fn, wide, along)
+            value, tangent = torch.func.jvp(fn, wide, along)[:2]
         else:
             value, tangent = _central(fn, wide, along)
     if not torch.isfinite(tangent).all():

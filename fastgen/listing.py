@@ -100,7 +100,8 @@ def find_config(name: str) -> Path:
     names = config_names()
     found = names.get(name) or names.get(f"{name}/default")
     if found is None:
-        raise UserError(f"{name}: neither a YAML file nor a shipped config nor a method ({suggestion(name, names)})")
+        known = [*names, *(path.removesuffix("/default") for path in names if path.endswith("/default"))]
+        raise UserError(f"{name}: neither a YAML file nor a shipped config nor a method ({suggestion(name, known)})")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ QUICK = (
 def run(execute: Callable[[list[str]], Path], out: Path, *, quick: bool) -> None:
     """Run the shipped config into `out` and print what it showed; a full run that fails the gate is a RunFailed."""
     command = "fastgen quickstart --quick" if quick else "fastgen quickstart"
-    folder = execute([f"out={out}", f"stages.report.command={command}", *(QUICK if quick else ())])
+    folder = execute([f"out={json.dumps(str(out))}", f"stages.report.command={command}", *(QUICK if quick else ())])
     report = files.read_json(folder / "report" / "report.json")
     for line in summary(report):
         logger.info(line)

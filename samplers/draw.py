@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,12 +57,11 @@ def _batches(
         else:
             if solver or guidance is not None:
                 raise UserError("a student has its solver and its guidance built in; leave out solver and guidance")
-            x0 = few_step.sample(
-                model.denoiser,
-                model.sampler,
-                z,
-                steps,
-                chosen,
-                renoise=lambda i, part=part: noise.normal(seed, f"{TAG}/renoise", part, model.denoiser.shape, draw=i),
-            )
+            fresh = partial(_fresh, seed, part, model.denoiser.shape)
+            x0 = few_step.sample(model.denoiser, model.sampler, z, steps, chosen, renoise=fresh)
         yield x0.float().cpu()
+
+
+def _fresh(seed: int, rows: Tensor, shape: tuple[int, ...], i: int) -> Tensor:
+    """The fresh noise of call number i."""
+    return noise.normal(seed, f"{TAG}/renoise", rows, shape, draw=i)

@@ -20,7 +20,8 @@ def pixels(png: bytes) -> np.ndarray:
 def test_to_uint8_inverts_every_level_and_clamps():
     levels = torch.arange(256)
     assert torch.equal(to_uint8(levels / 127.5 - 1).long(), levels)
-    assert to_uint8(torch.tensor([-7.0, -1.0, 1.0, 3.0, float("inf"), float("-inf")])).tolist() == [0, 0, 255, 255, 255, 0]
+    beyond = torch.tensor([-7.0, -1.0, 1.0, 3.0, float("inf"), float("-inf")])
+    assert to_uint8(beyond).tolist() == [0, 0, 255, 255, 255, 0]
 
 
 def test_to_uint8_rounds_half_to_even():

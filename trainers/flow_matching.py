@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen import cond as conditions
-from fastgen.config import Model
+from fastgen.errors import UserError
 from fastgen.layout import mean
 from fastgen.paths import Path, RectifiedFlow
 from fastgen.student import SamplerSpec
@@ -28,7 +28,7 @@ RF = RectifiedFlow()
 class FlowMatching(Method):
     """Networks: the teacher-to-be (named "student" as every exported network)."""
 
-    class Config(Model):
+    class Config(Method.Config):
         name: Literal["flow_matching"] = "flow_matching"
         drop_label: float = Field(default=0.1, ge=0, le=1)
         times: Literal["uniform", "logit_normal"] = "uniform"
@@ -39,6 +39,8 @@ class FlowMatching(Method):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.needs = frozenset({"x0"})
+        if self.config.drop_label and self.student.num_classes is not None and self.student.null is None:
+            raise UserError("the network has labels, but none that means 'no label': set method.drop_label=0")
 
     @property
     def turns(self) -> tuple[Turn, ...]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from fastgen import cond as conditions
-from fastgen.config import Model
 from fastgen.errors import UserError
 from fastgen.student import SamplerSpec
 from fastgen.teachers.mixture import Mixture
@@ -23,7 +22,7 @@ from fastgen.trainers.flow_matching import RF, last_time, velocity_error
 class Imitate(Method):
     """Networks: the copy. Frozen: the closed-form teacher. No data."""
 
-    class Config(Model):
+    class Config(Method.Config):
         name: Literal["imitate"] = "imitate"
         drop_label: float = Field(default=0.1, ge=0, le=1)
 

@@ -21,7 +21,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastgen.config import Model
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.layout import expand, mean, sumsq, wide
@@ -34,7 +33,7 @@ from fastgen.trainers.flow_matching import RF, last_time
 class Reflow(Method):
     """Networks: the student, which starts as the teacher (or as the round before). Data: pairs."""
 
-    class Config(Model):
+    class Config(Method.Config):
         name: Literal["reflow"] = "reflow"
         times: Literal["uniform", "u_shape", "steps"] = "uniform"  # "steps": the distillation stage
         # What the student will be sampled with; "steps" trains the times of these.

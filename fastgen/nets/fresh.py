@@ -16,6 +16,7 @@ PREDICTIONS = {"RectifiedFlow": ("flow",), "TrigFlow": ("trig",), "EDM": ("edm",
 class FreshNet(Model):
     """The base of every family's `NetConfig`: a path with its default parameters, and a prediction that suits it."""
 
+    family: str
     path: Literal["RectifiedFlow", "TrigFlow", "EDM", "VP"] = "RectifiedFlow"
     prediction: Literal["flow", "trig", "edm", "v", "eps", "x0"] | None = None  # None: the path's first in PREDICTIONS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,14 @@ class Pairs(Stage):
     stage: Literal["pairs"]
     teacher: str = "teacher"
     pairs: PairsConfig = Field(default_factory=PairsConfig)
+
+    incidental: ClassVar = frozenset({"pairs.batch"})
+
+    def settings(self) -> tuple[str, ...]:
+        return ("seed", "guidance")
+
+    def check(self, run: Context) -> None:
+        run.look(self.teacher)
 
     def smoke(self) -> Pairs:
         few = {"num": 64, "per_shard": 32, "steps": 2, "batch": 32}

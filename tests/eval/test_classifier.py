@@ -68,14 +68,19 @@ def test_the_features_see_what_pixels_do_not(train):
     assert label_agreement(asked, see.classify(gaussian).argmax(1)) > 0.9
 
 
-def test_training_learns_and_repeats():
+def test_training_learns():
+    """Chance is 0.1; the full 1,500 steps reach 0.99."""
+    net = train_classifier(Digits(split="train"), steps=60)
+    assert accuracy(net, Digits(split="held_out")) > 0.7
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_training_repeats_and_leaves_the_global_generator_alone():
     data, state = Digits(split="train"), torch.get_rng_state()
-    first, again, other = (train_classifier(data, seed=seed, steps=8) for seed in (3, 3, 4))
+    first, again, other = (train_classifier(data, seed=seed, steps=4) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.conv1.weight, other.conv1.weight)
-    assert accuracy(train_classifier(data, seed=0, steps=40), Digits(split="held_out")) > 0.6
-    assert not first.training and not any(p.requires_grad for p in first.parameters())
 
 
 def test_data_without_labels_are_refused():

@@ -1,7 +1,7 @@
 """The gate passes an honest student and fails every fake by the check that was made for it.
 
-The honest generator stands in for a trained one: training digits moved part of the way towards a near digit of the same
-class, with a little noise, which is new images of the right distribution; its "one-step teacher" is blurred class means.
+The honest generator stands in for a trained one: training digits moved part of the way towards a near digit of the
+same class, with a little noise: new images of the right distribution. Its "one-step teacher" is blurred class means.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fastgen import noise
 from fastgen.data.digits import Digits
 from fastgen.eval import gate
 from fastgen.eval.fakes import FAKES
-from fastgen.eval.gate import Judge
+from fastgen.eval.gate import Judge, Seen
 from fastgen.eval.protocol import classifier_for, whole
 
-N = 1500
+N = 1000
 
 
 @cache
@@ -36,7 +36,7 @@ def honest(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     distance = torch.cdist(flat[index], flat)
     distance[labels[index][:, None] != labels] = torch.inf
     near = distance.topk(4, largest=False).indices[rows, 1 + noise.integers(seed, "near", rows, 3)]
-    w = noise.uniform(seed, "w", rows)[:, None, None, None]
+    w = 0.35 + 0.3 * noise.uniform(seed, "w", rows)[:, None, None, None]
     made = torch.lerp(images[index], images[near], w) + 0.05 * noise.normal(seed, "noise", rows, (1, 8, 8))
     return made.clamp(-1, 1), labels[index]
 
@@ -48,9 +48,14 @@ def blurred() -> torch.Tensor:
     return means[honest()[1]] + 0.1 * noise.normal(2, "noise", torch.arange(N), (1, 8, 8))
 
 
+@cache
+def references() -> tuple[Seen, Seen]:
+    """What stands for the teacher at many steps and at one."""
+    return judge().see(honest()[0]), judge().see(blurred())
+
+
 def checks(made: torch.Tensor, asked: torch.Tensor, *, deterministic: bool = False) -> dict[str, gate.Check]:
-    teacher, one = judge().see(honest()[0]), judge().see(blurred())
-    seen = judge().see(made)
+    (teacher, one), seen = references(), judge().see(made)
     found = gate.common_checks(judge(), seen, teacher, one, deterministic=deterministic)
     return found | gate.shares_check(seen, teacher, 10) | gate.agreement_check(seen, teacher, asked)
 
@@ -60,7 +65,7 @@ def test_an_honest_student_passes_every_check():
     student = made + 0.05 * noise.normal(3, "student", torch.arange(N), (1, 8, 8))
     found = checks(student, asked, deterministic=True)
     assert set(found) == set(gate.BOUNDS), "every check was made"
-    assert all(check.passed for check in found.values()), found
+    assert not [(name, check) for name, check in found.items() if not check.passed]
 
 
 @pytest.mark.parametrize("name", FAKES)
@@ -86,8 +91,9 @@ def test_blurred_means_fail_the_gap_and_a_stranger_to_the_teacher_fails_the_rmse
 
 def test_disobeyed_labels_are_seen():
     made, asked = honest()
-    wrong = torch.where(torch.arange(N) % 10 == 0, (asked + 1) % 10, asked)
-    assert not checks(made, wrong)["label_agreement"].passed
+    swapped = made.clone()
+    swapped[::10] = made[(asked != asked[0]).nonzero().squeeze(1)[: len(swapped[::10])]].flip(0)
+    assert not checks(swapped, asked)["label_agreement"].passed
 
 
 def test_gap_closed_runs_from_one_step_to_many():

@@ -95,8 +95,8 @@ def by_hand(net: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     shift = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64).view(3, 1, 1)
     scale = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64).view(3, 1, 1)
     x = (torch.cat([a, b]).double() - shift) / scale
-    # AlexNet pools 3 by 3 before its second and third convolution, VGG 2 by 2 after each of its stages; read are all five
-    # convolutions of AlexNet, and the last one of each VGG stage.
+    # AlexNet pools 3 by 3 before its second and third convolution, VGG 2 by 2 between its stages; read are all five
+    # convolutions of AlexNet and the last one of each VGG stage.
     pooled_before = (3, 6) if net == "alex" else tuple(i + 1 for i in VGG_POOLS)
     read = tuple(ALEX) if net == "alex" else (2, 7, 14, 21, 28)
     total = torch.zeros(len(a), dtype=torch.float64)
@@ -156,15 +156,17 @@ def test_the_gradient_is_the_slope(alex):
     torch.testing.assert_close((slope * direction).sum(), measured, rtol=1e-4, atol=0)
 
 
-def test_dead_activations_have_no_nan_gradient(alex, tmp_path):
-    """Where all channels are 0 the written-out root has an infinite slope; a flat corner of an image suffices."""
+def test_dead_activations_are_no_division_by_zero(alex, tmp_path):
+    """With a first layer that never fires nothing tells two images apart: 0, and no NaN on the way back."""
     trunk = random_state("alex")[0]
     trunk["features.0.bias"] -= 1e4
     save_file(trunk, tmp_path / "dead.safetensors")
     distance = LPIPS("alex", tmp_path / "dead.safetensors", alex[1])
     a, b = (x.requires_grad_(True) for x in images(32))
-    distance(a, b).sum().backward()
-    assert torch.isfinite(a.grad).all() and torch.isfinite(b.grad).all()
+    found = distance(a, b)
+    assert torch.equal(found, torch.zeros(2))
+    found.sum().backward()
+    assert torch.equal(a.grad, torch.zeros_like(a)) and torch.equal(b.grad, torch.zeros_like(b))
 
 
 @pytest.mark.parametrize("part", ["trunk", "heads"])

@@ -27,9 +27,12 @@ def made(teacher, config, folder, **options):
     return data, data.get(torch.arange(len(data)))
 
 
+# Twice the largest error found; Heun's falls fourfold, Euler's twofold when the steps double.
 @pytest.mark.parametrize(
-    ("solver", "steps", "atol"), [("heun", 200, 2e-3), ("euler", 2000, 2e-2), ("dpm++", 200, 2e-2)]
+    ("solver", "steps", "atol"),
+    [("heun", 50, 4e-3), ("heun", 100, 1.2e-3), ("euler", 500, 1e-2), ("dpm++", 100, 4e-3), ("unipc", 100, 2e-3)],
 )
+@pytest.mark.filterwarnings("ignore:__array__")  # diffusers' schedulers under numpy 2
 def test_end_points_are_those_of_the_exact_ode(solver, steps, atol, tmp_path):
     config = PairsConfig(num=48, solver=solver, steps=steps, per_shard=16, batch=16)
     _, pairs = made(Teacher(mixture()), config, tmp_path)
@@ -53,23 +56,23 @@ def test_noise_is_made_again_from_the_rows(tmp_path):
 
 
 def test_each_class_and_the_null_label_go_to_their_own_end_points(tmp_path):
-    config = PairsConfig(num=60, steps=200, null_share=0.3, per_shard=60, batch=60)
+    config = PairsConfig(num=60, steps=100, null_share=0.3, per_shard=60, batch=60)
     _, pairs = made(Teacher(mixture(CLASSES)), config, tmp_path)
     for label, components in ((0, [0]), (1, [1, 2]), (2, [0, 1, 2])):
         here = pairs["label"] == label
         assert here.sum() >= 5
         expected = end_points(pairs["eps"][here], components)
-        torch.testing.assert_close(pairs["x0"][here].double(), expected, atol=2e-3, rtol=0)
+        torch.testing.assert_close(pairs["x0"][here].double(), expected, atol=6e-4, rtol=0)
 
 
 def test_guidance_of_the_config_is_applied_and_told(tmp_path):
-    config = PairsConfig(num=24, steps=400, guidance=1.7, null_share=0.2, per_shard=24, batch=24)
+    config = PairsConfig(num=24, steps=200, guidance=1.7, null_share=0.2, per_shard=24, batch=24)
     data, pairs = made(Teacher(mixture(CLASSES)), config, tmp_path)
     assert data.manifest.guidance == 1.7
     for label, components in ((0, [0]), (1, [1, 2]), (2, [0, 1, 2])):
         here = pairs["label"] == label
         expected = end_points(pairs["eps"][here], components, guidance=1.7)
-        torch.testing.assert_close(pairs["x0"][here].double(), expected, atol=5e-3, rtol=0)
+        torch.testing.assert_close(pairs["x0"][here].double(), expected, atol=6e-4, rtol=0)
         plain = end_points(pairs["eps"][here], components)
         assert label == 2 or (pairs["x0"][here] - plain).abs().max() > 0.1, "guidance changed nothing"
 

@@ -14,6 +14,7 @@ from fastgen import noise
 from fastgen.denoiser import Denoiser
 from fastgen.layout import expand
 from fastgen.paths import Pair, Path, Prediction, RectifiedFlow
+from fastgen.teachers import mlp
 from fastgen.teachers.mixture import Mixture
 from fastgen.trainers.engine.method import Batch, Method
 
@@ -105,15 +106,21 @@ class Straight(Denoiser):
         return z @ (eye - self.root).T - self.mean
 
 
+def small(num_classes: int | None = None, **options: Any) -> mlp.MLPDenoiser:
+    """An untrained network of a few weights for points in the plane, float64."""
+    return mlp.build(mlp.MLPConfig(width=8, depth=1, **options), (2,), num_classes).double()
+
+
 def root(matrix: Tensor) -> Tensor:
     """The symmetric square root."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ values.sqrt().diag() @ vectors.T
 
 
-def mixture(labels: list[int] | None = None) -> Mixture:
-    """Three modes in the plane; `labels` gives each a class."""
-    tensors = [torch.tensor(v, dtype=torch.float64) for v in (WEIGHTS, MEANS, COVS)]
+def mixture(labels: list[int] | None = None, components: list[int] | None = None) -> Mixture:
+    """Three modes in the plane, or some of them; `labels` gives each a class."""
+    kept = [0, 1, 2] if components is None else components
+    tensors = [torch.tensor(v, dtype=torch.float64)[kept] for v in (WEIGHTS, MEANS, COVS)]
     return Mixture(*tensors, labels=None if labels is None else torch.tensor(labels))
 
 

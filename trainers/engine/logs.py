@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,7 +26,7 @@ class Log:
 
     def __init__(self, out: Path, steps: int, trackers: Sequence[str] = (), *, shown: bool = True) -> None:
         self.path, self.steps, self.shown = out / "log.jsonl", steps, shown
-        self._trackers, self._accelerator = list(trackers), None
+        self._trackers, self._accelerator = list(trackers), cast(Any, None)
         self._bar: Progress | None = None
         self._told = self._began = 0.0
         self._first = 0

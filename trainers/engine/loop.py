@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from pydantic import Field
@@ -295,4 +295,4 @@ def _parts(losses: Loss | Iterable[Loss]) -> Iterable[Loss]:
     single = isinstance(losses, Tensor) or (
         isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], Mapping)
     )
-    return [losses] if single else losses
+    return [cast(Loss, losses)] if single else cast(Iterable[Loss], losses)
