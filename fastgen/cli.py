@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def _ask(number: int, frame: Any) -> None:
     if _received:
         raise SystemExit(128 + number)
     _received.append(number)
-    logger.warning("stopping where the run can be continued; once more to stop at once")
+    # Past Python's buffers: the signal may have come in the midst of a write to them.
+    os.write(2, b"fastgen: stopping where the run can be continued; once more to stop at once\n")
 
 
 def _on_signals(handler: Callable[[int, Any], None]) -> None:
@@ -62,7 +64,7 @@ def main() -> None:
     _on_signals(_end)
     try:
         # Without any word typer prints the help; its own way to report a mistake takes three lines.
-        sys.exit(app(standalone_mode=not sys.argv[1:]) or 0)
+        sys.exit(app(prog_name="fastgen", standalone_mode=not sys.argv[1:]) or 0)
     except UserError as error:
         message, code = str(error), 2
     except RunFailed as error:

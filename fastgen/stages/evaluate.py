@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from fastgen.eval.latency import measure
 from fastgen.eval.protocol import MANY, classifier_for, image_protocol, point_protocol
 from fastgen.samplers.draw import draw
 from fastgen.stages.machine import Context, Stage
-from fastgen.stages.train import real_images, same_shape
+from fastgen.stages.train import LEAST_REAL, real_images, same_shape
 from fastgen.student import Student
 from fastgen.teacher import Teacher
 
@@ -32,15 +32,18 @@ class Evaluate(Stage):
     student: str
     teacher: str = "teacher"
     n: int = Field(default=5000, ge=16)
+    rows: int | None = Field(default=None, ge=LEAST_REAL)  # of each part of the data; None: all
     classifier_steps: int = Field(default=1000, ge=1)  # of the gate's classifier, where the data bring none
     latency_batches: tuple[Annotated[int, Field(ge=1)], ...] = (1, 64)
     latency_repeats: int = Field(default=10, ge=1)
+
+    incidental: ClassVar = frozenset({"data.on_bad"})
 
     def settings(self) -> tuple[str, ...]:
         return ("seed", "guidance", "data", "hold_out")
 
     def smoke(self) -> Evaluate:
-        few = {"n": 16, "classifier_steps": 5, "latency_batches": (1,), "latency_repeats": 1}
+        few = {"n": 16, "rows": 1500, "classifier_steps": 5, "latency_batches": (1,), "latency_repeats": 1}
         return self.model_copy(update=few)
 
     def check(self, run: Context) -> None:
@@ -78,7 +81,7 @@ class Evaluate(Stage):
         """The training and the held-out part of the run's data, which need labels for the gate's classifier."""
         if run.config.data is None:
             raise UserError(f"stage {self.name}: images are compared with data; set data.path (or data.kind=digits)")
-        train, held_out = real_images(run.config.data, run.config.hold_out)
+        train, held_out = real_images(run.config.data, run.config.hold_out, self.rows)
         if train.num_classes is None:
             raise UserError(f"stage {self.name}: the gate reads labels, and the data '{train.name}' have none")
         return train, held_out

@@ -38,7 +38,7 @@ class Stage(Model):
     stage: str
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")  # it becomes a folder, which --from removes
 
-    # Keys that decide what a stage tells of itself, not what it makes: they may change when it is resumed.
+    # Keys, of the stage or of the run's settings, that do not decide what it makes: they may change on a resume.
     incidental: ClassVar[frozenset[str]] = frozenset()
 
     def inputs(self) -> dict[str, str]:
@@ -394,7 +394,6 @@ def _exhausted(error: BaseException | None) -> str | None:
 
 
 def _saved(context: Context, folder: Path) -> str:
-    finished = [name for name in context.names if context.done(name)]
-    checkpoint = records.newest_checkpoint(folder)
-    told = [f"the stages {', '.join(finished)}"] if finished else []
-    return " and ".join([*told, *([str(checkpoint)] if checkpoint else [])]) or "nothing yet"
+    finished = ", ".join(name for name in context.names if context.done(name))
+    told = [f"the stages {finished}" if finished else "", *records.left(folder)]
+    return " and ".join(filter(None, told)) or "nothing yet"

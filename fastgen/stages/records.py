@@ -43,6 +43,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def left(folder: Path) -> list[str]:
+    """What a stage that is not finished can be resumed from, in words."""
+    checkpoint, shards = newest_checkpoint(folder), len(list(folder.glob("shards/shard-*.safetensors")))
+    told = [str(checkpoint)] if checkpoint else []
+    return [*told, f"{shards} shards in {folder / 'shards'}"] if shards else told
+
+
 def changes(old: dict[str, Any], new: dict[str, Any], ignored: frozenset[str]) -> Iterator[str]:
     """What differs between two keys {config, run, inputs}, in words; `ignored` are dotted keys of the config."""
     for part in ("config", "run"):

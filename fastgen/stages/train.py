@@ -34,6 +34,10 @@ from fastgen.trainers.engine.monitors import left_band, sample_statistics
 logger = logging.getLogger("fastgen")
 PREVIEW_ROWS = 64
 LEAST_REAL = 16
+INCIDENTAL = [
+    f"loop.{key}"
+    for key in ("micro", "save_every", "keep", "keep_every", "log_every", "preview_every", "trackers", "bad_limit")
+]
 
 
 class LpipsConfig(Model):
@@ -57,10 +61,7 @@ class Train(Stage):
     lpips: LpipsConfig | None = None
     loop: LoopConfig = Field(default_factory=LoopConfig)
 
-    incidental: ClassVar = frozenset(
-        f"loop.{key}"
-        for key in ("micro", "save_every", "keep", "keep_every", "log_every", "preview_every", "trackers", "bad_limit")
-    )
+    incidental: ClassVar = frozenset({"data.on_bad", *INCIDENTAL})
 
     @field_validator("method", mode="before")
     @classmethod
@@ -230,15 +231,35 @@ def data_part(config: DataConfig, part: Literal["train", "held_out"], every: int
     return found
 
 
-def real_images(config: DataConfig, every: int) -> tuple[DataSet, DataSet]:
-    """The training and the held-out part as references of a measurement, with neighbours enough for its recall."""
-    train, held_out = data_part(config, "train", every), data_part(config, "held_out", every)
+def real_images(config: DataConfig, every: int, rows: int | None = None) -> tuple[DataSet, DataSet]:
+    """The training and the held-out part as references of a measurement, with neighbours enough for its recall.
+
+    rows: only so many of each part.
+    """
+    train, held_out = (
+        part if rows is None or len(part) <= rows else Some(part, rows)
+        for part in (data_part(config, "train", every), data_part(config, "held_out", every))
+    )
     if min(len(train), len(held_out)) < LEAST_REAL:
         told = f"{len(train)} for training and {len(held_out)} held out"
         raise UserError(
             f"{train.name}: {told} are too few to measure against; at least {LEAST_REAL} of each are needed"
         )
     return train, held_out
+
+
+class Some:
+    """So many rows of a larger data set, evenly spread: folders are sorted by class."""
+
+    def __init__(self, data: DataSet, rows: int) -> None:
+        self.name, self.shape, self.num_classes = data.name, data.shape, data.num_classes
+        self._data, self._rows = data, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def get(self, index: Tensor) -> dict[str, Tensor]:
+        return self._data.get(index * len(self._data) // self._rows)
 
 
 def same_shape(stage: str, **things: Any) -> None:

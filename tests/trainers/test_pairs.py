@@ -36,7 +36,8 @@ def made(teacher, config, folder, **options):
 def test_end_points_are_those_of_the_exact_ode(solver, steps, atol, tmp_path):
     config = PairsConfig(num=48, solver=solver, steps=steps, per_shard=16, batch=16)
     _, pairs = made(Teacher(mixture()), config, tmp_path)
-    torch.testing.assert_close(pairs["x0"].double(), end_points(pairs["eps"], [0, 1, 2]), atol=atol, rtol=0)
+    error = float((pairs["x0"] - end_points(pairs["eps"], [0, 1, 2])).abs().max())
+    assert atol / 4 < error < atol  # the lower bound tells the solvers apart
 
 
 def test_noise_is_made_again_from_the_rows(tmp_path):
@@ -162,10 +163,11 @@ def test_interrupted_and_resumed_is_the_uninterrupted_set(tmp_path):
 def test_three_workers_make_what_one_makes(tmp_path):
     teacher, config = Teacher(mixture(CLASSES)), PairsConfig(num=22, steps=2, per_shard=4, batch=3)
     make_pairs(teacher, config, tmp_path / "one", seed=3)
+    there: set[str] = set()
     for worker in (2, 0, 1):
         make_pairs(teacher, config, tmp_path / "three", seed=3, worker=worker, workers=3)
-        mine = {f"shard-{i:06d}.safetensors" for i in range(worker, 6, 3)}
-        assert mine <= hashes(tmp_path / "three").keys()
+        there |= {f"shard-{i:06d}.safetensors" for i in range(worker, 6, 3)}
+        assert hashes(tmp_path / "three").keys() == there
     assert hashes(tmp_path / "three") == hashes(tmp_path / "one")
     assert PairShards(tmp_path / "three").sha256 == PairShards(tmp_path / "one").sha256
 

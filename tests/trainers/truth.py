@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
@@ -17,11 +18,26 @@ from fastgen.paths import Pair, Path, Prediction, RectifiedFlow
 from fastgen.teachers import mlp
 from fastgen.teachers.mixture import Mixture
 from fastgen.trainers.engine.method import Batch, Method
+from fastgen.trainers.reflow import Reflow
 
 RF = RectifiedFlow()
 WEIGHTS = [0.3, 0.45, 0.25]
 MEANS = [[2.0, 0.5], [-1.5, 1.2], [0.2, -2.1]]
 COVS = [[[0.3, 0.1], [0.1, 0.12]], [[0.14, -0.07], [-0.07, 0.11]], [[0.2, 0.15], [0.15, 0.42]]]
+
+
+# Errors in a line (t, x_t, v) between x0 and eps.
+PLANTED = {
+    "time runs backwards": lambda rows, t, x, v: (1 - t, x, v),
+    "velocity towards the noise": lambda rows, t, x, v: (t, x, -v),
+    "noise and data in the wrong order": lambda rows, t, x, v: (t, rows.x0 + rows["eps"] - x, -v),
+}
+
+
+def plant(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put one of `PLANTED` into reflow."""
+    line = Reflow.line
+    monkeypatch.setattr(Reflow, "line", lambda self, rows: PLANTED[error](rows, *line(self, rows)))
 
 
 class WideBatch(Batch):
