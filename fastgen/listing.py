@@ -36,11 +36,10 @@ def _assigned(tree: ast.Module, name: str) -> list[Any]:
     """Constants assigned to a name anywhere in the module's classes or at its top."""
     found = []
     for node in ast.walk(tree):
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(t, ast.Name) and t.id == name for t in targets) and isinstance(node.value, ast.Constant):
-            found.append(node.value.value)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Constant):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                found.append(node.value.value)
     return found
 
 
@@ -56,14 +55,8 @@ def _methods() -> list[dict[str, Any]]:
             continue
         missing = "".join(_assigned(tree, "experimental"))
         makes = "".join(_assigned(tree, "makes")) or "student"
-        rows.append(
-            {
-                "name": name,
-                "makes": makes,
-                "status": f"experimental: {missing}" if missing else "stands",
-                "about": _about(tree),
-            }
-        )
+        status = f"experimental: {missing}" if missing else "stands" if makes == "student" else "trains a teacher"
+        rows.append({"name": name, "makes": makes, "status": status, "about": _about(tree)})
     return rows
 
 

@@ -22,6 +22,7 @@ from fastgen.stages.train import LEAST_REAL, real_images, same_shape
 from fastgen.student import Student
 from fastgen.teacher import Teacher
 
+ROW = 20  # images of a row in the picture of all three
 GRID = 50  # images of a grid, ten to a row: with ten classes each column is one
 
 
@@ -110,7 +111,8 @@ def labels(model: Teacher | Student, rows: torch.Tensor) -> Cond:
 
 
 def write_grids(folder: Path, student: Student, teacher: Teacher, seed: int, count: int) -> None:
-    """Teacher at many steps and at one, and the student at its fewest, from the same noise and labels."""
+    """Teacher at many steps and at one, and the student at its fewest, from the same noise and labels: a grid each, and
+    `side_by_side.png` with a row each."""
     rows = torch.arange(count)
     few = min(student.sampler.times)
     cond = labels(teacher, rows)
@@ -121,3 +123,5 @@ def write_grids(folder: Path, student: Student, teacher: Teacher, seed: int, cou
     }
     for name, samples in grids.items():
         files.write_atomic(folder / f"{name}.png", images.grid_png(samples, columns=10))
+    together = torch.cat([samples[:ROW] for samples in grids.values()])
+    files.write_atomic(folder / "side_by_side.png", images.grid_png(together, columns=min(ROW, count)))

@@ -28,7 +28,7 @@ class Report(Stage):
         report["seconds"] = {**run.seconds, "total": sum(run.seconds.values())}
         report["hardware"], report["versions"] = hardware(), versions()
         report["config_hash"], report["command"] = config_hash(run.config), self.command
-        grids = {path.stem: path.read_bytes() for path in sorted(evaluated.glob("*.png"))}
+        grids = {path.stem: path.read_bytes() for path in sorted(evaluated.glob("*@*.png"))}
         curves = {log.parent.name: _curve(log) for log in sorted(run.out.glob("*/log.jsonl"), key=os.path.getmtime)}
         write_report(folder, report, grids, curves)
         return {"output": "report.json"}

@@ -248,7 +248,12 @@ def test_a_signal_in_the_last_stage_lets_the_run_end(tmp_path):
 
 @pytest.mark.parametrize(
     "failure",
-    [OSError(28, "No space left on device"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    [
+        OSError(28, "No space left on device"),
+        RunFailed("step-2: no space left on the device"),  # as files.py tells it; torch.save leaves no errno behind
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
 )
 def test_an_exhausted_machine_says_what_was_saved(tmp_path, failure):
     FAILURE.append(failure)

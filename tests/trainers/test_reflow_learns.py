@@ -67,5 +67,4 @@ def test_the_shipped_config_gives_its_figures(tmp_path):
 def test_the_shipped_config_with_a_planted_error_misses_them(error, tmp_path, monkeypatch):
     plant(error, monkeypatch)
     ratio, bend = shipped(tmp_path / "run")
-    print(error, ratio, bend)
     assert ratio > 0.15
