@@ -47,7 +47,9 @@ def image_protocol(
     report["gate"] = {}
     runs: dict[str, Cond] = {"": None}
     if classes is not None:
-        runs = {"": {"label": rows % classes}, "_null": {"label": torch.full((n,), classes)}}
+        runs = {"": {"label": rows % classes}}
+        if teacher.denoiser.null is not None:
+            runs["_null"] = {"label": torch.full((n,), classes)}
     for suffix, cond in runs.items():
         seen = _samples(judge, student, teacher, rows, seed, cond)
         deterministic = not student.sampler.renoise

@@ -33,20 +33,21 @@ class Imitate(Method):
         super().__init__(*args, **options)
         if self.teacher is None or not isinstance(self.teacher.denoiser, Mixture):
             raise UserError("method imitate copies a closed-form teacher; set teacher: {family: mixture, ...}")
+        self.truth: Mixture = self.teacher.denoiser
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (Turn(trains=("student",), loss=self.loss),)
 
     def loss(self, batch: Batch) -> Loss:
-        cond = None
-        if (classes := self.teacher.num_classes) is not None:
-            cond = {"label": batch.integers("label", classes)}
-            cond = conditions.replace(cond, self.teacher.denoiser.null, batch.uniform("drop") < self.config.drop_label)
-        x0 = self.teacher.denoiser.sample(batch.seed, "imitate", batch.rows, cond)
+        truth, cond = self.truth, None
+        if truth.num_classes is not None:
+            cond = {"label": batch.integers("label", truth.num_classes)}
+            cond = conditions.replace(cond, truth.null, batch.uniform("drop") < self.config.drop_label)
+        x0 = truth.sample(batch.seed, "imitate", batch.rows, cond)
         t = last_time(self.student.path) * batch.uniform("t")
-        x = RF.mix(x0, batch.normal("eps", self.teacher.shape), t)
-        return velocity_error(self.student(x, t, cond, on=RF).velocity, self.teacher(x, t, cond, on=RF).velocity)
+        x = RF.mix(x0, batch.normal("eps", truth.shape), t)
+        return velocity_error(self.student(x, t, cond, on=RF).velocity, truth(x, t, cond, on=RF).velocity)
 
     def sampler(self) -> SamplerSpec:
         path = self.student.path

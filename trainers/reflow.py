@@ -65,6 +65,7 @@ class Reflow(Method):
             return mean(error.square()).mean(), logs
         if kind == "huber":
             return pseudo_huber(error, self.config.huber_c).mean(), logs
+        assert self.distance is not None  # see __init__
         perceptual = self.distance(x - expand(t, x) * velocity, batch.x0)
         if kind == "lpips":
             return perceptual.mean(), logs

@@ -74,6 +74,9 @@ class Evaluate(Stage):
     def _images(self, run: Context, student: Student, teacher: Teacher) -> dict[str, Any]:
         train, held_out = self._parts(run)
         same_shape(self.name, student=student.denoiser, data=train)
+        if student.denoiser.num_classes != teacher.num_classes:
+            told = f"student {student.denoiser.num_classes}, teacher {teacher.num_classes}"
+            raise UserError(f"stage {self.name}: the numbers of classes differ: {told}")
         extractor, seed = classifier_for(train, self.classifier_steps), run.config.seed
         report = image_protocol(student, teacher, train, held_out, n=self.n, seed=seed, extractor=extractor)
         return {**report, "data": train.name}
@@ -93,13 +96,14 @@ class Evaluate(Stage):
         calls: list[tuple[str, Teacher | Student, int]] = [("teacher", teacher, MANY)]
         calls += [("student", student, n) for n in sorted(student.sampler.times)]
         synchronize = torch.cuda.synchronize if student.denoiser.device.type == "cuda" else lambda: None
+        repeats = self.latency_repeats
         for name, model, steps in calls:
             row = {}
             for batch in self.latency_batches:
                 rows = torch.arange(batch)
                 call = partial(draw, model, rows, seed=0, steps=steps, cond=labels(teacher, rows))
-                again = {"repeats": self.latency_repeats, "warmup": min(3, self.latency_repeats)}
-                row[str(batch)] = measure(call, batch=batch, synchronize=synchronize, **again).p50_ms
+                timed = measure(call, batch=batch, warmup=min(3, repeats), repeats=repeats, synchronize=synchronize)
+                row[str(batch)] = timed.p50_ms
             table[name][str(steps)] = row
         return table
 

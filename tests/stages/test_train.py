@@ -120,6 +120,13 @@ def test_shapes_that_differ_are_named_where_a_stage_made_one(made, tmp_path, con
     assert "student (2,)" in ended.message
 
 
+def test_a_student_of_other_classes_than_the_teacher_is_not_evaluated(made, tmp_path):
+    evaluate = {"name": "e", "stage": "evaluate", "student": str(made / "small" / "reflow" / "model")}
+    tree = {**IMAGES, "stages": [*IMAGES["stages"][:1], evaluate], "data": {**IMAGES["data"], "classes": 5}}
+    ended = call("distill", write_config(tmp_path / "e.yaml", tree), f"out={tmp_path / 'run'}")
+    assert ended.code == 2 and "the numbers of classes differ: student 4, teacher 5" in ended.message
+
+
 def test_labels_that_do_not_fit_are_named(made, tmp_path, config):
     teacher, out = made / "small" / "teacher" / "model", tmp_path / "run"
     for data, expected in (

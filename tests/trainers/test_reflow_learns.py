@@ -37,13 +37,13 @@ def learn(out, steps):
 
 def test_three_hundred_steps_straighten_the_mixture(tmp_path):
     ratio, bend = learn(tmp_path, steps=300)
-    assert ratio < 0.12 and bend < 0.005, (ratio, bend)  # 0.076 and 0.0014 where this was written
+    assert ratio < 0.12 and bend < 0.005, (ratio, bend)  # 0.074 and 0.0014 where this was written
 
 
 @pytest.mark.parametrize("error", PLANTED)
 def test_learning_with_a_planted_error_misses_the_truth(error, tmp_path, monkeypatch):
     plant(error, monkeypatch)
-    assert learn(tmp_path, steps=100)[0] > 0.2  # 0.14 without an error
+    assert learn(tmp_path, steps=100)[0] > 0.2  # 0.13 without an error
 
 
 def shipped(out, *overrides):
@@ -66,5 +66,4 @@ def test_the_shipped_config_gives_its_figures(tmp_path):
 @pytest.mark.parametrize("error", PLANTED)
 def test_the_shipped_config_with_a_planted_error_misses_them(error, tmp_path, monkeypatch):
     plant(error, monkeypatch)
-    ratio, bend = shipped(tmp_path / "run")
-    assert ratio > 0.15
+    assert shipped(tmp_path / "run")[0] > 0.3  # 0.45, 1.09 and 0.95

@@ -6,6 +6,7 @@ import copy
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fastgen.config import Model
@@ -21,10 +22,10 @@ class AverageConfig(Model):
     """
 
     kind: Literal["constant", "halflife", "power"] = "constant"
-    decay: float = 0.999
-    halflife: float = 500_000
-    rampup: float | None = 0.05
-    std: float = 0.1
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    halflife: float = Field(default=500_000, gt=0)
+    rampup: float | None = Field(default=0.05, gt=0)
+    std: float = Field(default=0.1, gt=0)
 
     @property
     def name(self) -> str:

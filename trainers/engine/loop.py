@@ -29,21 +29,21 @@ from fastgen.trainers.engine.parallel import Ranks
 class LoopConfig(Model):
     """How a method is trained. Budgets are steps and samples; `batch` is what one optimiser step sees on all ranks."""
 
-    steps: int = 1000
-    batch: int = 64
-    micro: int | None = None  # rows per forward pass; None: the whole batch
+    steps: int = Field(default=1000, ge=1)
+    batch: int = Field(default=64, ge=1)
+    micro: int | None = Field(default=None, ge=1)  # rows per forward pass; None: the whole batch
     optim: OptimConfig = OptimConfig()
     networks: dict[str, OptimConfig] = Field(default_factory=dict)  # instead of `optim`, for single networks by name
     schedule: ScheduleConfig = ScheduleConfig()
-    clip: float | None = 1.0
+    clip: float | None = Field(default=1.0, gt=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: tuple[AverageConfig, ...] = ()  # evaluation averages of the student; the first one is exported
-    save_every: int = 1000
-    keep: int = 2
-    keep_every: int | None = None
-    log_every: int = 50
-    preview_every: int = 1000
-    bad_limit: int = 20  # updates in a row whose loss or gradient is not finite, before the run stops
+    save_every: int = Field(default=1000, ge=1)
+    keep: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=50, ge=1)
+    preview_every: int = Field(default=1000, ge=1)
+    bad_limit: int = Field(default=20, ge=1)  # updates in a row that are not finite, before the run stops
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
@@ -127,7 +127,8 @@ class Loop:
                 at_end = self.step == self.config.steps
                 if self.preview and (at_end or self.step % self.config.preview_every == 0):
                     self.log.write(self.step, self.preview(self))
-                if at_end or self.step % self.config.save_every == 0:
+                # Not while updates are skipped: the checkpoints that are kept would all be of weights that diverged.
+                if not self.bad and (at_end or self.step % self.config.save_every == 0):
                     self.save()
                 if self.ranks.any(self.interrupt()):
                     self.save()

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fastgen.config import Model
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Model):
     """One network's optimiser. Matrices are decayed by weight_decay; vectors (norms, biases) never are."""
 
     name: Literal["adamw", "radam"] = "adamw"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = Field(default=1e-3, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
 
 
 class ScheduleConfig(Model):
     """lr(step) = lr * warm-up * decay: linear over `warmup` steps, then constant, cosine or linear to `final`."""
 
-    warmup: int = 0
+    warmup: int = Field(default=0, ge=0)
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    final: float = 0.0
+    final: float = Field(default=0.0, ge=0)
 
     def factor(self, step: int, steps: int) -> float:
         """The multiplier at a step: a pure function, so a resumed run needs no state for it."""
