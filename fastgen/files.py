@@ -218,9 +218,9 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        # Only now, because a good file may begin with the same bytes: they hold the length of its header.
+        # The length of a safetensors header may begin with a pickle's bytes, but then the header's brace follows it.
         with open(path, "rb") as file:
-            head = file.read(2)
-        if head[:1] == b"\x80" or head == b"PK":
+            head = file.read(9)
+        if head[8:] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK"):
             raise UserError(f"{path}: a pickle, which can run code when read; convert it to safetensors") from error
         raise UserError(f"{path}: not a whole safetensors file ({error}); fetch or make it again") from error

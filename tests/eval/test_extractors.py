@@ -155,7 +155,7 @@ class Folder:
 
 
 def test_only_the_digits_get_the_shipped_classifier(monkeypatch):
-    monkeypatch.setattr(extractors, "train_classifier", lambda data: classifier.ConvNet(1, data.num_classes))
+    monkeypatch.setattr(extractors, "train_classifier", lambda data, steps: classifier.ConvNet(1, data.num_classes))
     assert load_extractor("classifier", Digits(split="held_out")).name == "digits-classifier"
     own = load_extractor("classifier", Folder())
     assert own.num_classes == 3 and own.sha256 != load_extractor("classifier", Digits(split="train")).sha256

@@ -172,7 +172,7 @@ class Loop:
         self._give_turn(turn.trains)
         total, logs = torch.zeros((), device=self.device), {}
         for batch in batches:
-            torch.manual_seed(zlib.crc32(f"{self.seed} {self.step} {int(batch.rows[0])}".encode()))  # dropout only
+            self._seed_dropout(zlib.crc32(f"{self.seed} {self.step} {int(batch.rows[0])}".encode()))
             with self.precision.autocast():
                 losses = turn.loss(batch)
                 for loss in _parts(losses):
@@ -183,6 +183,13 @@ class Loop:
                     logs.update({key: v.detach() if isinstance(v, Tensor) else v for key, v in extra.items()})
         logs[f"loss/{names}"] = total
         return {**logs, **self._apply(turn.trains, total, measured)}
+
+    def _seed_dropout(self, seed: int) -> None:
+        """Dropout is the only user of torch's generators. `torch.manual_seed` would, without a CUDA device in use, note
+        the whole call stack for later at every call."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _apply(self, names: tuple[str, ...], loss: Tensor, measured: bool) -> dict[str, float]:
         """Step the optimisers of these networks if the loss and every gradient are finite, else skip the update."""
