@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 420, 230
@@ -22,7 +22,7 @@ def short(value: float | None) -> str:
 
 
 def lines(
-    series: dict[str, Points], *, label: str, x_label: str, floor: float | None = None, ticks: Sequence[float] = ()
+    series: Mapping[str, Points], *, label: str, x_label: str, floor: float | None = None, ticks: Sequence[float] = ()
 ) -> str:
     """Lines named "teacher" or "student" (which colours them), both axes logarithmic, labelled at their last point.
 
