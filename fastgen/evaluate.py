@@ -8,12 +8,12 @@ import torch
 
 from fastgen import api
 from fastgen.data import DataConfig, detect
+from fastgen.data.part import real_images
 from fastgen.errors import UserError
 from fastgen.eval import metrics
 from fastgen.eval.extractors import Classifier, load_extractor
 from fastgen.eval.metrics import Result
 from fastgen.eval.protocol import whole
-from fastgen.stages.train import real_images
 
 
 def _reference(name: str, shape: tuple[int, ...]) -> DataConfig:

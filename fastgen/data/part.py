@@ -1,4 +1,4 @@
-"""A fixed split for data that come without one: every k-th image is held out, the others are for training."""
+"""Parts of data sets: the fixed split of those that come without one, and the two references of a measurement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastgen.data import DataSet
+from fastgen.data import DataConfig, DataSet, open_data
+from fastgen.errors import UserError
+
+LEAST_REAL = 16  # images of each part: recall counts neighbours
 
 
 class Part:
@@ -24,3 +27,44 @@ class Part:
     def get(self, index: Tensor) -> dict[str, Tensor]:
         k = self.every
         return self.data.get(index * k if self.part == "held_out" else index + index // (k - 1) + 1)
+
+
+class Some:
+    """So many rows of a larger data set, evenly spread: folders are sorted by class."""
+
+    def __init__(self, data: DataSet, rows: int) -> None:
+        self.name, self.shape, self.num_classes = data.name, data.shape, data.num_classes
+        self._data, self._rows = data, rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def get(self, index: Tensor) -> dict[str, Tensor]:
+        return self._data.get(index * len(self._data) // self._rows)
+
+
+def data_part(config: DataConfig, part: Literal["train", "held_out"], every: int) -> DataSet:
+    """The training or the held-out part of the data; the digits bring their own split, others give every k-th image."""
+    if config.kind == "digits" or (config.kind == "auto" and config.path is None):
+        return open_data(config.model_copy(update={"split": part}))
+    found = Part(open_data(config), part, every)
+    if not len(found):
+        raise UserError(f"{found.data.name}: {len(found.data)} images are too few to hold out every {every}th")
+    return found
+
+
+def real_images(config: DataConfig, every: int, rows: int | None = None) -> tuple[DataSet, DataSet]:
+    """The training and the held-out part as references of a measurement, with neighbours enough for its recall.
+
+    rows: only so many of each part.
+    """
+    train, held_out = (
+        part if rows is None or len(part) <= rows else Some(part, rows)
+        for part in (data_part(config, "train", every), data_part(config, "held_out", every))
+    )
+    if min(len(train), len(held_out)) < LEAST_REAL:
+        told = f"{len(train)} for training and {len(held_out)} held out"
+        raise UserError(
+            f"{train.name}: {told} are too few to measure against; at least {LEAST_REAL} of each are needed"
+        )
+    return train, held_out

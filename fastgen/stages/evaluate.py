@@ -13,12 +13,13 @@ from fastgen import files, images
 from fastgen.api import open_teacher
 from fastgen.cond import Cond
 from fastgen.data import DataSet
+from fastgen.data.part import LEAST_REAL, real_images
 from fastgen.errors import UserError
 from fastgen.eval.latency import measure
 from fastgen.eval.protocol import MANY, classifier_for, image_protocol, point_protocol
 from fastgen.samplers.draw import draw
 from fastgen.stages.machine import Context, Stage
-from fastgen.stages.train import LEAST_REAL, real_images, same_shape
+from fastgen.stages.train import same_shape
 from fastgen.student import Student
 from fastgen.teacher import Teacher
 

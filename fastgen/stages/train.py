@@ -16,8 +16,8 @@ import fastgen
 from fastgen import files, images
 from fastgen.api import open_teacher
 from fastgen.config import Model, config_hash, explain, plain
-from fastgen.data import DataConfig, DataSet, open_data
-from fastgen.data.part import Part
+from fastgen.data import DataSet
+from fastgen.data.part import data_part
 from fastgen.data.shards import PairShards
 from fastgen.data.source import Source
 from fastgen.denoiser import Denoiser
@@ -33,7 +33,6 @@ from fastgen.trainers.engine.monitors import left_band, sample_statistics
 
 logger = logging.getLogger("fastgen")
 PREVIEW_ROWS = 64
-LEAST_REAL = 16
 INCIDENTAL = [
     f"loop.{key}"
     for key in ("micro", "save_every", "keep", "keep_every", "log_every", "preview_every", "trackers", "bad_limit")
@@ -219,47 +218,6 @@ def _net_config(name: str) -> type[Model]:
     if not hasattr(module, "NetConfig"):
         raise UserError(f"family '{name}' has no network to train from nothing")
     return module.NetConfig
-
-
-def data_part(config: DataConfig, part: Literal["train", "held_out"], every: int) -> DataSet:
-    """The training or the held-out part of the data; the digits bring their own split, others give every k-th image."""
-    if config.kind == "digits" or (config.kind == "auto" and config.path is None):
-        return open_data(config.model_copy(update={"split": part}))
-    found = Part(open_data(config), part, every)
-    if not len(found):
-        raise UserError(f"{found.data.name}: {len(found.data)} images are too few to hold out every {every}th")
-    return found
-
-
-def real_images(config: DataConfig, every: int, rows: int | None = None) -> tuple[DataSet, DataSet]:
-    """The training and the held-out part as references of a measurement, with neighbours enough for its recall.
-
-    rows: only so many of each part.
-    """
-    train, held_out = (
-        part if rows is None or len(part) <= rows else Some(part, rows)
-        for part in (data_part(config, "train", every), data_part(config, "held_out", every))
-    )
-    if min(len(train), len(held_out)) < LEAST_REAL:
-        told = f"{len(train)} for training and {len(held_out)} held out"
-        raise UserError(
-            f"{train.name}: {told} are too few to measure against; at least {LEAST_REAL} of each are needed"
-        )
-    return train, held_out
-
-
-class Some:
-    """So many rows of a larger data set, evenly spread: folders are sorted by class."""
-
-    def __init__(self, data: DataSet, rows: int) -> None:
-        self.name, self.shape, self.num_classes = data.name, data.shape, data.num_classes
-        self._data, self._rows = data, rows
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def get(self, index: Tensor) -> dict[str, Tensor]:
-        return self._data.get(index * len(self._data) // self._rows)
 
 
 def same_shape(stage: str, **things: Any) -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from fastgen import files
 from fastgen.data import DataConfig
+from fastgen.data.part import Some, data_part, real_images
 from fastgen.data.shards import PairShards
 from fastgen.data.synthetic import Synthetic
 from fastgen.errors import UserError
-from fastgen.stages.train import Some, data_part, real_images
 from fastgen.teacher import read_denoiser
 from fastgen.trainers.engine.checkpoint import Checkpoints
 from tests.commands import IMAGES, LOOP, POINTS, call, refused, tree_bytes, write_config

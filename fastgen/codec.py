@@ -1,0 +1,63 @@
+"""What stands before and behind a latent network: prompts to conditions, images to latents, latents to images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastgen.cond import Cond
+
+
+class Posterior(NamedTuple):
+    """The encoder's Gaussian over the latents of one image, already in the network's units: [B, C, h, w] each."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class Framing(NamedTuple):
+    """How a picture was brought to its size, int64 [B, 2] each as (height, width): SDXL is told of it (2307.01952)."""
+
+    original: Tensor
+    corner: Tensor  # (top, left) of the crop, in pixels of the resized image
+
+
+class Codec(Protocol):
+    """Frozen, read when first needed, and given up by `release`: a cached run holds neither text encoder nor VAE.
+
+    image_shape   (3, H, W) of what `decode` makes of the network's own latent shape
+    text_sha256   of all that decides a prompt's condition: weights, tokenizer, lengths
+    image_sha256  of all that decides an image's latents
+    """
+
+    image_shape: tuple[int, ...]
+    text_sha256: str
+    image_sha256: str
+
+    def encode_prompts(self, prompts: Sequence[str], framing: Framing | None = None) -> Cond:
+        """The conditions of n prompts, n rows each; words that do not fit are left out and named in a warning."""
+        ...
+
+    def encode(self, images: Tensor) -> Posterior:
+        """Images [B, 3, H, W] in [-1, 1] to the posterior over their latents."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images float32 [B, 3, H, W] in [-1, 1], differentiable; not clamped."""
+        ...
+
+    def to(self, device: torch.device | str) -> Codec:
+        """Where it works from now on."""
+        ...
+
+    def release(self) -> None:
+        """Drop the weights; the next call reads them again."""
+        ...
+
+    def write(self, folder: Path) -> None:
+        """Its parts, in the layout of the pipeline they came from."""
+        ...
