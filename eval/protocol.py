@@ -48,7 +48,7 @@ def image_protocol(
     runs: dict[str, Cond] = {"": None}
     if classes is not None:
         runs = {"": {"label": rows % classes}}
-        if teacher.denoiser.null is not None:
+        if teacher.denoiser.has_null:
             runs["_null"] = {"label": torch.full((n,), classes)}
     for suffix, cond in runs.items():
         seen = _samples(judge, student, teacher, rows, seed, cond)

@@ -8,6 +8,13 @@ from torch import Tensor
 Cond = dict[str, Tensor] | None
 
 
+def length(cond: Cond) -> int:
+    """How many rows a condition has."""
+    if not cond:
+        raise ValueError("no condition, so no rows to count")
+    return len(next(iter(cond.values())))
+
+
 def concat(first: Cond, second: Cond) -> Cond:
     """One batch after the other; both must hold the same conditions."""
     if first is None and second is None:

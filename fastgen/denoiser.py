@@ -11,8 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fastgen import cond as conditions
+from fastgen.codec import Codec
 from fastgen.cond import Cond, repeat
 from fastgen.config import Model, explain
+from fastgen.errors import UserError
 from fastgen.layout import expand, wide
 from fastgen.paths import Pair, Path, Prediction, path_from_dict, path_to_dict
 
@@ -25,6 +28,7 @@ class Denoiser(nn.Module):
     shape             of one sample, without the batch: (C, H, W) or (D,)
     num_classes       cond["label"] is 0 .. num_classes - 1, or num_classes for the null label; None: unconditional
     null_label        False for a class-conditional network that was never trained without a label
+    codec             what stands before and behind a latent network; shared by copies, and no part of its weights
 
     A family of networks is a subclass (a file of `fastgen.teachers`) that says how to call, write and read its net.
     """
@@ -40,6 +44,7 @@ class Denoiser(nn.Module):
         shape: tuple[int, ...],
         num_classes: int | None = None,
         null_label: bool = True,
+        codec: Codec | None = None,
         time_scale: float = 1.0,
         log_time: bool = False,
     ) -> None:
@@ -51,6 +56,7 @@ class Denoiser(nn.Module):
         self.net, self.path, self.prediction = net, path, prediction
         self.shape, self.num_classes, self.null_label = tuple(shape), num_classes, null_label
         self.time_scale, self.log_time = time_scale, log_time
+        self.codec = codec
 
     def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
         """The bare network: scaled input [B, ...], its time argument [B] (and a second one) to its output [B, ...]."""
@@ -105,11 +111,22 @@ class Denoiser(nn.Module):
         return View(self, path)
 
     @property
+    def has_null(self) -> bool:
+        """Whether there is a null condition, which guidance needs."""
+        return self.num_classes is not None and self.null_label
+
+    @property
     def null(self) -> Cond:
         """One row of the null condition, or None where the network has no conditions, or none but labels."""
-        if self.num_classes is None or not self.null_label:
-            return None
-        return {"label": torch.tensor([self.num_classes], device=self.device)}
+        return {"label": torch.tensor([self.num_classes], device=self.device)} if self.has_null else None
+
+    def unconditional(self, cond: Cond) -> Cond:
+        """The null condition beside each row of a condition."""
+        return repeat(self.null, conditions.length(cond))
+
+    def resized(self, height: int, width: int) -> Denoiser:
+        """The same network for samples of another size in pixels; a UserError where its size is part of it."""
+        raise UserError(f"size: this {self.family} network makes samples of shape {self.shape} and no other")
 
     def label(self, cond: Cond, n: int) -> Tensor | None:
         """Labels int64 [n] of a condition, null labels where there is none; None for an unconditional network."""

@@ -190,6 +190,15 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
 
 
+def peek_json(path: str | Path) -> dict[str, Any]:
+    """A JSON mapping, or an empty one for whatever else is there."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sha256(path: str | Path) -> str:
     """Hash of a file's bytes, or of a folder's file names and contents (COMPLETE marks and hidden files left out)."""
     path, digest = Path(path), hashlib.sha256()

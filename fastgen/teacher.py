@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path as FilePath
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,9 @@ from fastgen.cond import Cond
 from fastgen.denoiser import Denoiser, View
 from fastgen.errors import UserError, suggestion
 from fastgen.files import is_complete, read_json
+from fastgen.layout import wide
 from fastgen.paths import Pair, Path
+from fastgen.sources import locate, origin
 
 FACTS = "fastgen.json"
 FORMAT = 1  # of that file; raised when an older fastgen could no longer read it
@@ -27,8 +30,11 @@ FORMAT = 1  # of that file; raised when an older fastgen could no longer read it
 class Teacher(nn.Module):
     """A frozen denoiser; `guidance` is the default weight w of classifier-free guidance (None: conditional only).
 
-    guided = null + w (conditional - null), so w = 1 is the conditional prediction and w = 0 the null one.
-    `sha256` identifies its weights; `facts` carries licence and origin into the students made from it.
+    guided = null + w (conditional - null), so w = 1 is the conditional prediction and w = 0 the null one. With
+    `guidance_interval` (low, high), only where low < sigma / alpha <= high is it guided, conditional elsewhere
+    (2404.07724).
+    `sha256` identifies its weights, and is worked out when first asked for where it is a function; `facts` carries
+    licence and origin into the students made from it.
     """
 
     def __init__(
@@ -36,13 +42,15 @@ class Teacher(nn.Module):
         denoiser: Denoiser,
         *,
         guidance: float | None = None,
-        sha256: str = "",
+        guidance_interval: tuple[float, float] | None = None,
+        sha256: str | Callable[[], str] = "",
         facts: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if guidance is not None and denoiser.null is None:
+        if guidance is not None and not denoiser.has_null:
             raise UserError(f"guidance={guidance}: this {denoiser.family} teacher has no null condition; leave it off")
-        self.denoiser, self.guidance, self.sha256 = denoiser, guidance, sha256
+        self.denoiser, self.guidance, self.guidance_interval = denoiser, guidance, guidance_interval
+        self._sha256 = sha256
         self.facts = facts or {}
         self.requires_grad_(False)
         super().train(False)
@@ -58,12 +66,28 @@ class Teacher(nn.Module):
         w = self.guidance if guidance is None else guidance
         if cond is None or w is None or (not isinstance(w, Tensor) and w == 1):
             return self.denoiser(x, t, cond, on=on)
-        if self.denoiser.null is None:
+        if not self.denoiser.has_null:
             raise UserError(f"guidance: this {self.denoiser.family} teacher has no null condition; leave it off")
-        null = conditions.repeat(self.denoiser.null, len(x))
+        if self.guidance_interval is not None:
+            inside = self._inside(t, on)
+            if not inside.any():
+                return self.denoiser(x, t, cond, on=on)
+            w = torch.where(inside, torch.as_tensor(w, dtype=wide(x).dtype, device=x.device), 1.0)
+        null = self.denoiser.unconditional(cond)
         both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), conditions.concat(null, cond), on=on)
         n = len(x)
         return Pair(both.x0[:n], both.eps[:n]).lerp(Pair(both.x0[n:], both.eps[n:]), w)
+
+    def _inside(self, t: Tensor, on: Path | None) -> Tensor:
+        """Which samples lie in the guidance interval, bool [B]."""
+        assert self.guidance_interval is not None
+        low, high = self.guidance_interval
+        alpha, sigma = (on or self.path).levels(wide(t))
+        return (sigma > low * alpha) & (sigma <= high * alpha)
+
+    @cached_property
+    def sha256(self) -> str:
+        return self._sha256() if callable(self._sha256) else self._sha256
 
     def on(self, path: Path) -> View:
         """The same teacher, called with x and t of another path."""
@@ -97,19 +121,19 @@ def family(name: str) -> ModuleType:
 
 
 def read_denoiser(folder: str | FilePath) -> tuple[Denoiser, dict[str, Any]]:
-    """The denoiser of a model folder and its facts: our own (`fastgen.json`), or a layout that a family recognises."""
-    folder = FilePath(folder)
+    """The denoiser of a checkpoint (see `sources.locate`) and its facts.
+
+    Folders are our own (`fastgen.json`), or of a layout that a family recognises.
+    """
     complete = is_complete(folder)  # asked first: it puts back a folder whose replacement was interrupted
-    if folder.is_file():
-        raise UserError(f"{folder}: a file; give the folder of the checkpoint (pickled checkpoints are not read)")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the path of a teacher or student folder")
+    folder = locate(folder)
     if (folder / FACTS).exists():
         return _read_own(folder, complete)
     for name in families():
         module = family(name)
         if module.recognises(folder):
-            return module.read(folder, None), {}
+            facts = origin(folder)
+            return module.read(folder, None), {"facts": facts} if facts else {}
     known = ", ".join(families())
     raise UserError(f"{folder}: not a checkpoint that any family knows ({known}); see `fastgen list teachers`")
 

@@ -39,7 +39,7 @@ class FlowMatching(Method):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.needs = frozenset({"x0"})
-        if self.config.drop_label and self.student.num_classes is not None and self.student.null is None:
+        if self.config.drop_label and self.student.num_classes is not None and not self.student.has_null:
             raise UserError("the network has labels, but none that means 'no label': set method.drop_label=0")
 
     @property

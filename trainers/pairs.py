@@ -50,7 +50,7 @@ def make_pairs(
     interrupt: Callable[[], bool] = lambda: False,
 ) -> None:
     """Make every shard of this worker that is not whole yet; `advance(done, total)` is told of each finished one."""
-    if config.guidance is not None and teacher.denoiser.null is None:
+    if config.guidance is not None and not teacher.denoiser.has_null:
         raise UserError(f"pairs.guidance={config.guidance} has no effect: the teacher has no conditions to guide by")
     shards.plan(folder, manifest(teacher, config, seed=seed, tag=tag))
     missing = shards.missing(folder, worker, workers)
@@ -73,7 +73,7 @@ def manifest(teacher: Teacher, config: PairsConfig, *, seed: int, tag: str) -> d
         "solver": config.solver,
         "steps": config.steps,
         "guidance": config.guidance if config.guidance is not None else teacher.guidance,
-        "null_share": config.null_share if teacher.denoiser.null is not None else None,
+        "null_share": config.null_share if teacher.denoiser.has_null else None,
         "shape": list(teacher.shape),
         "num_classes": teacher.num_classes,
         "total": config.num,

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.errors import UserError
-from fastgen.files import load_tensors
+from fastgen.files import load_tensors, read_json
 
 logger = logging.getLogger("fastgen")
+
+
+def weight_files(where: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
+    """The safetensors files of a diffusers or transformers folder: one, its fp16 variant, or the shards of an index."""
+    for name in (stem, f"{stem}.fp16"):
+        if (where / f"{name}.safetensors").exists():
+            return [where / f"{name}.safetensors"]
+    for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json"):
+        if (where / name).exists():
+            index = read_json(where / name)
+            names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else set()
+            if not names or any(Path(part).name != part for part in names):
+                raise UserError(f"{where / name}: damaged; it maps tensors to files beside it")
+            return [where / part for part in sorted(names)]
+    pickled = next((p.name for p in sorted(where.glob("*")) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")), None)
+    if pickled:
+        raise UserError(
+            f"{where / pickled}: a pickle, which can run code when read; convert it to {stem}.safetensors first"
+        )
+    raise UserError(f"{where / stem}.safetensors: no such file; fetch or make it again")
 
 
 def load_weights(net: nn.Module, file: Path) -> None:
@@ -34,4 +55,12 @@ def fill(net: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     half = sorted({str(t.dtype) for t in tensors.values() if t.dtype in (torch.float16, torch.bfloat16)})
     if half:
         logger.warning("%s: %s weights, kept in float32 from here on", file, " and ".join(half))
-    net.load_state_dict(tensors)
+    # A network made on the meta device gets its memory here.
+    meta = any(tensor.is_meta for tensor in own.values())
+    net.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}, assign=meta)
+
+
+def modern(name: str) -> str:
+    """Attention layers were named otherwise before diffusers 0.18; its own loader renames them too."""
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + old[m[2]], name)

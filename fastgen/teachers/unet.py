@@ -7,10 +7,8 @@ what it predicts.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
@@ -22,12 +20,11 @@ from fastgen.cond import Cond
 from fastgen.denoiser import Denoiser, conventions
 from fastgen.errors import UserError
 from fastgen.nets.fresh import FreshNet
-from fastgen.nets.weights import fill
+from fastgen.nets.weights import fill, modern, weight_files
 from fastgen.paths import RectifiedFlow
 from fastgen.schedulers import read_scheduler, write_scheduler
 
 logger = logging.getLogger("fastgen")
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 
 
 class UNetConfig(FreshNet):
@@ -125,7 +122,7 @@ def build(config: UNetConfig, shape: tuple[int, ...], num_classes: int | None) -
 
 def recognises(folder: FilePath) -> bool:
     """A pipeline whose unet, or a bare config whose class, is `UNet2DModel`."""
-    index, config = _peek(folder / "model_index.json"), _peek(folder / "config.json")
+    index, config = files.peek_json(folder / "model_index.json"), files.peek_json(folder / "config.json")
     return index.get("unet") == ["diffusers", "UNet2DModel"] or config.get("_class_name") == "UNet2DModel"
 
 
@@ -156,17 +153,8 @@ def read(folder: FilePath, data: dict[str, Any] | None, *, null_label: bool = Fa
     )
 
 
-def _peek(file: FilePath) -> dict[str, Any]:
-    """A JSON mapping, or an empty one for whatever else is there."""
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _refuse_parts(index: FilePath) -> None:
-    parts = [name for name, part in _peek(index).items() if isinstance(part, list) and part[0] is not None]
+    parts = [name for name, part in files.peek_json(index).items() if isinstance(part, list) and part[0] is not None]
     extra = sorted(set(parts) - {"unet", "scheduler"})
     if extra:
         raise UserError(
@@ -194,8 +182,9 @@ def _read_net(where: FilePath) -> Any:
         net: Any = UNet2DModel.from_config(config)
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{where / 'config.json'}: no UNet2DModel can be made of it ({error})") from error
-    file = _weight_file(where)
-    fill(net, {_modern(name): tensor for name, tensor in files.load_tensors(file).items()}, file)
+    found = weight_files(where)
+    tensors = {name: tensor for file in found for name, tensor in files.load_tensors(file).items()}
+    fill(net, {modern(name): tensor for name, tensor in tensors.items()}, found[0])
     wanted, made = net.config.in_channels, net.config.out_channels
     if made == 2 * wanted:
         logger.info("%s: the second half of the output, learned variances, is cut off", where)
@@ -213,22 +202,6 @@ def _check(config: Any, file: FilePath) -> None:
     for key, values in {"time_embedding_type": ("positional",), "class_embed_type": (None,)}.items():
         if config.get(key, values[0]) not in values:
             raise UserError(f"{file}: {key} {config[key]} is not supported")
-
-
-def _weight_file(where: FilePath) -> FilePath:
-    for name in WEIGHTS:
-        if (where / name).exists():
-            return where / name
-    pickled = next((p.name for p in sorted(where.glob("*")) if p.suffix in (".bin", ".ckpt", ".pt", ".pth")), None)
-    if pickled:
-        raise UserError(f"{where / pickled}: a pickle, which can run code when read; convert it to {WEIGHTS[0]} first")
-    raise UserError(f"{where / WEIGHTS[0]}: no such file; fetch or make it again")
-
-
-def _modern(name: str) -> str:
-    """Attention layers were named otherwise before diffusers 0.18; its own loader renames them too."""
-    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return re.sub(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + old[m[2]], name)
 
 
 def _cut(net: Any, channels: int) -> None:

@@ -158,6 +158,65 @@ def asked(views: dict[str, Tensor]) -> list[tuple[Path, str, str]]:
     return [(RectifiedFlow(), "rf_x", "rf_sigma"), *trig]
 
 
+# --- networks of real classes
+
+
+def unet(case: Case) -> None:
+    """A text U-Net of the real class: its own output, and every view of it, natively and through other paths."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    from fastgen.teachers.stable_diffusion import StableDiffusionDenoiser
+
+    net: Any = UNet2DConditionModel(**case.data["config"]).eval()
+    net.load_state_dict({match[1]: case[match[0]] for match in case.names(r"w\.(.+)")})
+    schedule = case.data["schedule"]
+    path = VP(
+        beta_start=schedule["beta_start"],
+        beta_end=schedule["beta_end"],
+        n=schedule["num_train_timesteps"],
+        schedule=schedule["beta_schedule"],
+        zero_snr=schedule["rescale_betas_zero_snr"],
+    )
+    network = StableDiffusionDenoiser(net, path, prediction_of(case.data), shape=case["x"].shape[1:])
+    x, time, cond = case["x"], case["net_time"], {"text": case["in.encoder_hidden_states"]}
+    with torch.no_grad():
+        case.close(network.raw(x, network.time_input(time), cond, None), case["net_out"], "output in float32")
+        exact = network.double().raw(x.double(), network.time_input(time), cond, None)
+    case.close(exact, case["net_out_f64"], "output in float64")
+    views_of(case, path, time)
+    # Where diffusers' own float32 table leaves ours, in alpha squared.
+    stock = DDIMScheduler(
+        beta_start=path.beta_start,
+        beta_end=path.beta_end,
+        beta_schedule=path.schedule,
+        rescale_betas_zero_snr=path.zero_snr,
+    ).alphas_cumprod
+    ours = path.levels(torch.arange(path.n, dtype=torch.float64))[0].square()
+    off = case.result("max_abs_diff_to_float32_scheduler_alphas_cumprod")
+    # Two units in the last place of float32: how that table is rounded depends on torch's version.
+    ulps = 2 * torch.finfo(torch.float32).eps
+    case.close((ours - stock.double()).abs().max(), off, "distance to the stock table", atol=ulps, rtol=0.0)
+
+
+def views_of(case: Case, path: Path, time: Tensor) -> None:
+    """Every view of a case's one network, from the output it gives."""
+    precise = {"rtol": case.data["tolerance"]["note"]["rtol_of_max_float64_from_given_net_out"]}
+    x, alpha, sigma = case["x"].double(), case["native_alpha"], case["native_sigma"]
+    for found, expected, name in zip(path.levels(time), (alpha, sigma), ("alpha", "sigma"), strict=True):
+        case.close(found, expected, name, **precise)
+    network = Told(None, path, prediction_of(case.data), shape=())
+    network.answer = case["net_out"].double()  # which the views were worked out from
+    pair = network(x, time)
+    views = {match[1]: case[match[0]] for match in case.names(r"view\.(.+)")}
+    for key, expected in views.items():
+        case.close(view(key, pair, x, Given(alpha, sigma)), expected, key, **precise)
+    for other, x_view, t_view in asked(views):
+        found = network.on(other)(views[x_view], views[t_view])
+        case.close(network.x, x, f"input through {other}", **precise)
+        case.close(network.time, time, f"time argument through {other}", **precise)
+        case.close(found.x0, views["x0"], f"x0 through {other}", **precise)
+
+
 # --- schedules
 
 

@@ -1,0 +1,269 @@
+"""CLIP text encoders and the KL autoencoder of Stable Diffusion 1.x, 2.x and XL, from a pipeline's folder.
+
+1.x and 2.x condition on the last hidden state of one encoder; XL (2307.01952) on the penultimate states of two beside
+each other, on the second one's pooled embedding, and on how the picture was framed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import files
+from fastgen.codec import Framing, Posterior
+from fastgen.cond import Cond
+from fastgen.errors import UserError
+from fastgen.nets.weights import weight_files
+
+logger = logging.getLogger("fastgen")
+TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+KEPT = (".json", ".txt", ".safetensors")
+
+
+class StableDiffusionCodec:
+    """See `fastgen.codec.Codec`. `folder` is the pipeline's; its parts are read when first needed.
+
+    image_shape  (3, H, W); others by `resized`
+    slicing      decode image by image: the memory of one
+    tiling       decode in overlapping tiles: the memory of a tile, and slightly other pixels
+    """
+
+    def __init__(self, folder: Path, latent: tuple[int, ...]) -> None:
+        self.folder, self.tiling, self.slicing = folder, False, False
+        self.xl = (folder / "text_encoder_2").is_dir()
+        self._parts = _Parts(folder)
+        self.factor = 2 ** (len(self._parts.config("vae")["block_out_channels"]) - 1)
+        self.image_shape = (3, *(side * self.factor for side in latent[1:]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StableDiffusionCodec:
+        return self  # frozen: copies of a network share it
+
+    def resized(self, height: int, width: int) -> StableDiffusionCodec:
+        """The same codec for images of another size in pixels; sizes that the VAE cannot halve are UserErrors."""
+        if height % self.factor or width % self.factor or min(height, width) < self.factor:
+            near = [max(1, round(side / self.factor)) * self.factor for side in (height, width)]
+            raise UserError(
+                f"size {height}x{width}: the VAE works in steps of {self.factor} pixels; nearest {near[0]}x{near[1]}"
+            )
+        other = copy.copy(self)
+        other.image_shape = (3, height, width)
+        return other
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the folder holds a text encoder and its tokenizer."""
+        return all((self.folder / name).is_dir() for name in ("tokenizer", "text_encoder"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights and computations; see `to`."""
+        return self._parts.dtype
+
+    @cached_property
+    def text_sha256(self) -> str:
+        """Weights, tokenizers and the pipeline's rule for the empty prompt."""
+        return _digest([self.folder / name for name in TEXT_PARTS], str(self._zero_null))
+
+    @cached_property
+    def image_sha256(self) -> str:
+        return _digest([self.folder / "vae"], "")
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], framing: Framing | None = None) -> Cond:
+        """{"text": [n, 77, D]}, for XL also "pooled" [n, P] and "time_ids" [n, 6]; float32.
+
+        framing: how the pictures were made; None: taken whole at this size. Words beyond the 77th token are named in a
+        warning.
+        """
+        if not self.reads_text:
+            raise UserError(
+                f"{self.folder}: no text encoder; put text_encoder/ and tokenizer/ of the checkpoint there, "
+                "or give prompts whose embeddings are cached"
+            )
+        last = self._hidden("tokenizer", "text_encoder", prompts)
+        if not self.xl:
+            return {"text": last.last_hidden_state.float()}
+        second = self._hidden("tokenizer_2", "text_encoder_2", prompts)
+        text = torch.cat([last.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        return {
+            "text": text.float(),
+            "pooled": second.text_embeds.float(),
+            "time_ids": self.time_ids(len(text), framing),
+        }
+
+    def null(self) -> Cond:
+        """One row: the condition of the empty prompt, all zeros where the pipeline says so (XL)."""
+        row = self._null_row
+        return {name: value.to(self._parts.device) for name, value in row.items()} | self._null_ids
+
+    @cached_property
+    def _null_row(self) -> dict[str, Tensor]:
+        row = {name: value.cpu() for name, value in (self.encode_prompts([""]) or {}).items() if name != "time_ids"}
+        return {name: torch.zeros_like(value) for name, value in row.items()} if self._zero_null else row
+
+    @property
+    def _null_ids(self) -> dict[str, Tensor]:
+        return {"time_ids": self.time_ids(1)} if self.xl else {}
+
+    def time_ids(self, n: int, framing: Framing | None = None) -> Tensor:
+        """XL's (original height, width, crop top, left, target height, width), float32 [n, 6]."""
+        size = torch.tensor(self.image_shape[1:])
+        whole = Framing(size.expand(n, 2), torch.zeros(n, 2, dtype=torch.int64))
+        original, corner = framing or whole
+        ids = torch.cat([original.cpu(), corner.cpu(), size.expand(n, 2)], dim=1)
+        return ids.float().to(self._parts.device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Posterior:
+        """Images [B, 3, H, W] in [-1, 1] to mean and standard deviation of their latents, in the network's units."""
+        vae = self._parts["vae"]
+        found = vae.encode(images.to(self._parts.device, vae.dtype)).latent_dist
+        shift, scale = self._affine(vae)
+        return Posterior((found.mean.float() - shift) * scale, found.std.float() * scale)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] to images float32 [B, 3, H, W] in [-1, 1]; differentiable, not clamped."""
+        vae = self._parts["vae"]
+        vae.use_tiling, vae.use_slicing = self.tiling, self.slicing
+        shift, scale = self._affine(vae)
+        x = latents.to(self._parts.device, torch.float32) / scale + shift
+        return vae.decode(x.to(vae.dtype), return_dict=False)[0].float()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StableDiffusionCodec:
+        """Where it works from now on, and how precisely; a VAE that asks for float32 (XL's) is never put in fp16."""
+        self._parts.to(torch.device(device), dtype or self._parts.dtype)
+        return self
+
+    def release(self) -> None:
+        """Drop the weights; the next call reads them again."""
+        self._parts.release()
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The networks by name, read if they were not: what a benchmark compiles or counts."""
+        names = ["text_encoder", *(["text_encoder_2"] if self.xl else []), "vae"]
+        return {name: self._parts[name] for name in names if (self.folder / name).is_dir()}
+
+    def write(self, folder: Path) -> None:
+        """Copies of the parts as they are in the pipeline's folder, pickled weights left out."""
+        for name in (*TEXT_PARTS, "vae"):
+            source = self.folder / name
+            if source.is_dir():
+                (folder / name).mkdir(parents=True)
+                for file in sorted(source.iterdir()):
+                    if file.suffix in KEPT:
+                        shutil.copyfile(file, folder / name / file.name)
+
+    @property
+    def _zero_null(self) -> bool:
+        """`force_zeros_for_empty_prompt`, which is XL's default."""
+        index = self.folder / "model_index.json"
+        told = files.read_json(index) if index.exists() else {}
+        return bool(told.get("force_zeros_for_empty_prompt", self.xl))
+
+    def _affine(self, vae: Any) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale): network units = (latent - shift) scale."""
+        config, scale = vae.config, vae.config.scaling_factor
+        if getattr(config, "latents_mean", None) is None:
+            return config.shift_factor or 0.0, scale
+        mean, std = (
+            torch.tensor(value, device=self._parts.device).view(1, -1, 1, 1)
+            for value in (config.latents_mean, config.latents_std)
+        )
+        return mean, scale / std
+
+    def _hidden(self, tokenizer: str, encoder: str, prompts: Sequence[str]) -> Any:
+        ids = self._tokens(self._parts[tokenizer], prompts)
+        network = self._parts[encoder]
+        return network(ids.to(network.device), output_hidden_states=True)
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+        length = tokenizer.model_max_length
+        tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False).input_ids, strict=True):
+            if len(ids) > length:
+                lost = tokenizer.decode(ids[length - 1 : -1])
+                logger.warning("prompt '%s...': only %d tokens fit; lost: '%s'", prompt[:40], length, lost)
+        return tokens.input_ids
+
+
+class _Parts(dict[str, Any]):
+    """The networks and tokenizers of a folder by name, read when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.device, self.dtype = folder, torch.device("cpu"), torch.float32
+
+    def config(self, name: str) -> dict[str, Any]:
+        file = self.folder / name / "config.json"
+        config = files.read_json(file)
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: not the config of a network")
+        return config
+
+    def __missing__(self, name: str) -> Any:
+        part = self._tokenizer(name) if name.startswith("tokenizer") else self._network(name)
+        self[name] = part
+        return part
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        for name, part in self.items():
+            if isinstance(part, torch.nn.Module):
+                part.to(device, self._dtype_of(name))
+
+    def release(self) -> None:
+        self.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        upcast = self.dtype == torch.float16 and name == "vae" and self.config("vae").get("force_upcast", True)
+        return torch.float32 if upcast else self.dtype
+
+    def _tokenizer(self, name: str) -> Any:
+        from transformers import CLIPTokenizer
+
+        try:
+            return CLIPTokenizer.from_pretrained(self.folder / name, local_files_only=True)
+        except Exception as error:  # what it raises for broken files has no common base
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.folder / name}: no CLIP tokenizer can be made of it ({reason})") from error
+
+    def _network(self, name: str) -> torch.nn.Module:
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        kinds: dict[str, Any] = {
+            "vae": AutoencoderKL,
+            "text_encoder": CLIPTextModel,
+            "text_encoder_2": CLIPTextModelWithProjection,
+        }
+        where, stem = self.folder / name, "diffusion_pytorch_model" if name == "vae" else "model"
+        found = weight_files(where, stem)
+        variant = {"variant": "fp16"} if ".fp16." in found[0].name else {}
+        try:
+            network = kinds[name].from_pretrained(
+                where, torch_dtype=self._dtype_of(name), local_files_only=True, use_safetensors=True, **variant
+            )
+        except Exception as error:  # broken files and configs that do not fit: no common base either
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{where}: no {kinds[name].__name__} can be made of it ({reason})") from error
+        return network.requires_grad_(False).eval().to(self.device)
+
+
+def _digest(folders: Sequence[Path], extra: str) -> str:
+    """One hash of some folders' files and a setting."""
+    digest = hashlib.sha256(extra.encode())
+    for folder in folders:
+        if folder.is_dir():
+            digest.update(f"{folder.name} {files.sha256(folder)}".encode())
+    return digest.hexdigest()

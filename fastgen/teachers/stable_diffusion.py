@@ -1,0 +1,149 @@
+"""Stable Diffusion 1.x, 2.x and XL: diffusers' `UNet2DConditionModel` on latents, conditioned on text.
+
+Read are pipeline folders. A single file and a hub id become such folders first (`fastgen.sources`).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgen import files
+from fastgen.codecs.stable_diffusion import StableDiffusionCodec
+from fastgen.cond import Cond, repeat
+from fastgen.denoiser import Denoiser, conventions
+from fastgen.errors import UserError
+from fastgen.nets.weights import fill, modern, weight_files
+from fastgen.schedulers import read_scheduler, write_scheduler
+
+logger = logging.getLogger("fastgen")
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+
+
+class StableDiffusionDenoiser(Denoiser):
+    """cond: "text" [B, 77, D]; XL also "pooled" [B, P] and "time_ids" [B, 6]. Latents [B, 4, h, w].
+
+    codec: None for a bare U-Net, whose conditions come from a cache.
+    """
+
+    family = "stable_diffusion"
+    net: Any
+    codec: StableDiffusionCodec | None
+
+    @property
+    def xl(self) -> bool:
+        return self.net.config.addition_embed_type == "text_time"
+
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
+        if r is not None:
+            raise ValueError("this network takes one time; it cannot be told the time it steps to")
+        cond = cond if cond is not None else repeat(self.null, len(x))
+        assert cond is not None
+        dtype = self.net.dtype
+        cond = {name: value.to(x.device, dtype) for name, value in cond.items()}
+        added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if self.xl else None
+        options = {"encoder_hidden_states": cond["text"], "added_cond_kwargs": added, "return_dict": False}
+        return self.net(x.to(dtype), time, **options)[0]
+
+    @property
+    def has_null(self) -> bool:
+        return self.codec is not None and self.codec.reads_text
+
+    @property
+    def null(self) -> Cond:
+        """One row: the empty prompt."""
+        if self.codec is None:
+            raise UserError("the empty prompt cannot be encoded: this network came without a text encoder")
+        return self.codec.null()
+
+    def unconditional(self, cond: Cond) -> Cond:
+        """The empty prompt beside each row; XL's sizes and crops stay those of the row, as in the stock pipeline."""
+        assert cond is not None
+        rows = repeat(self.null, len(cond["text"])) or {}
+        return {name: cond[name] if name == "time_ids" else value.to(cond[name]) for name, value in rows.items()}
+
+    def resized(self, height: int, width: int) -> StableDiffusionDenoiser:
+        """The same network for images of another size in pixels."""
+        if self.codec is None:
+            raise UserError("size: this network came without its VAE, so its size in pixels is not known")
+        self.codec = self.codec.resized(height, width)
+        self.shape = (self.shape[0], height // self.codec.factor, width // self.codec.factor)
+        return self
+
+    def write(self, folder: FilePath) -> None:
+        """unet/, scheduler/ and the codec's parts. No model_index.json: a stock pipeline would run a student at its own
+        defaults; `fastgen export --to diffusers` writes one that is safe."""
+        self.net.save_pretrained(folder / "unet")
+        write_scheduler(self, folder / "scheduler")
+        if self.codec is not None:
+            self.codec.write(folder)
+
+
+def recognises(folder: FilePath) -> bool:
+    """A pipeline whose unet is a `UNet2DConditionModel`."""
+    return files.peek_json(folder / "model_index.json").get("unet") == ["diffusers", "UNet2DConditionModel"]
+
+
+def read(folder: FilePath, data: dict[str, Any] | None) -> StableDiffusionDenoiser:
+    """Read a folder written here (`data` from its fastgen.json) or a published pipeline's."""
+    if data is None:
+        _check_pipeline(folder)
+    net = read_net(folder / "unet")
+    codec_of = lambda shape: StableDiffusionCodec(folder, shape) if (folder / "vae").is_dir() else None  # noqa: E731
+    if data is not None:
+        told = conventions(data)
+        return StableDiffusionDenoiser(net, codec=codec_of(told["shape"]), **told)
+    config = net.config
+    side = config.sample_size
+    if side is None:
+        raise UserError(f"{folder / 'unet/config.json'}: no sample_size; write the latent size it was trained on there")
+    shape = (config.in_channels, *((side, side) if isinstance(side, int) else tuple(side)))
+    convention = read_scheduler(folder / "scheduler" / "scheduler_config.json")
+    codec = codec_of(shape)
+    if codec is None or not codec.reads_text:
+        logger.warning("%s: no text encoder or no VAE here: prompts must be cached, latents stay latents", folder)
+    return StableDiffusionDenoiser(net, codec=codec, shape=shape, **vars(convention))
+
+
+def read_net(where: FilePath) -> Any:
+    """A `UNet2DConditionModel` with its weights in float32; what does not fit is a UserError."""
+    net = empty_net(where)
+    found = weight_files(where)
+    tensors = {name: tensor for file in found for name, tensor in files.load_tensors(file).items()}
+    fill(net, {modern(name): tensor for name, tensor in tensors.items()}, found[0])
+    return net.eval()
+
+
+def empty_net(where: FilePath) -> Any:
+    """The network of a folder on the meta device: its architecture, no memory."""
+    from diffusers import UNet2DConditionModel
+
+    file = where / "config.json"
+    config = files.read_json(file)
+    if not isinstance(config, dict) or config.get("_class_name") != "UNet2DConditionModel":
+        raise UserError(f"{file}: not the config of a UNet2DConditionModel")
+    if config.get("addition_embed_type") not in (None, "text_time"):
+        raise UserError(f"{file}: addition_embed_type {config['addition_embed_type']} is not supported")
+    if config.get("in_channels", 4) != config.get("out_channels", 4):
+        told = f"{config.get('in_channels', 4)} channels in, {config.get('out_channels', 4)} out"
+        raise UserError(f"{file}: {told}: an inpainting or editing network, which is no text-to-image teacher")
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{file}: no UNet2DConditionModel can be made of it ({error})") from error
+
+
+def _check_pipeline(folder: FilePath) -> None:
+    index = files.peek_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        known = ", ".join(PIPELINES)
+        raise UserError(f"{folder / 'model_index.json'}: pipeline {name} is not read by this family; known: {known}")
+    refiner = index.get("text_encoder", [None])[0] is None and "text_encoder_2" in index
+    if refiner:
+        raise UserError(f"{folder}: an SDXL refiner, which continues another model's images; give the base model")
