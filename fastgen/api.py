@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastgen import cond as conditions
 from fastgen import files, images
 from fastgen.cond import Cond
 from fastgen.config import config_hash, validate
 from fastgen.errors import UserError
+from fastgen.files import peek_json
 from fastgen.samplers.draw import draw
+from fastgen.sources import locate
 from fastgen.student import Student
-from fastgen.teacher import Teacher, family, read_denoiser
+from fastgen.teacher import FACTS, Teacher, family, read_denoiser
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger("fastgen")
 DEFAULT_TEACHER_STEPS = 25
 
 
@@ -33,7 +40,13 @@ def pick_device(name: str = "auto") -> str:
     return name
 
 
-def open_teacher(source: Path | dict[str, Any], *, device: str = "cpu", guidance: float | None = None) -> Teacher:
+def open_teacher(
+    source: Path | dict[str, Any],
+    *,
+    device: str = "cpu",
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+) -> Teacher:
     """A teacher from a checkpoint folder, or a closed-form one from its description {family: mixture, ...}."""
     if isinstance(source, dict):
         module = family(str(source.get("family")))
@@ -42,8 +55,15 @@ def open_teacher(source: Path | dict[str, Any], *, device: str = "cpu", guidance
         denoiser = module.build(validate(module.MixtureConfig, source, "teacher"))
         return Teacher(denoiser.to(device), guidance=guidance, sha256=config_hash(source))
     denoiser, data = read_denoiser(source)
-    facts = {"teacher": source.name, **data.get("facts", {})}
-    return Teacher(denoiser.to(device), guidance=guidance, sha256=files.sha256(source), facts=facts)
+    if denoiser.codec is not None:
+        denoiser.codec.to(device)
+    return Teacher(
+        denoiser.to(device),
+        guidance=guidance,
+        guidance_interval=guidance_interval,
+        sha256=partial(files.sha256, source),  # gigabytes, and not everyone asks
+        facts={"teacher": source.name, **data.get("facts", {})},
+    )
 
 
 class Generator:
@@ -57,45 +77,106 @@ class Generator:
         """A student's step counts; None for a teacher, which takes any."""
         return tuple(sorted(self.model.sampler.times)) if isinstance(self.model, Student) else None
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as `sample` returns it."""
+        codec = self.model.denoiser.codec
+        return self.model.denoiser.shape if codec is None else codec.image_shape
+
     def sample(
         self,
         *,
         num: int = 1,
+        first: int = 0,
+        prompts: Sequence[str] | None = None,
         label: int | None = None,
         labels: Tensor | None = None,
         steps: int | None = None,
         seed: int = 0,
         guidance: float | None = None,
         solver: str | None = None,
-        batch: int = 64,
+        batch: int | None = None,
     ) -> Tensor:
-        """num samples, float32 [num, ...] (images in [-1, 1]); sample i depends on (seed, i) only.
+        """num samples from number `first` on, float32 [num, ...] (images in [-1, 1]); each depends on seed and number.
 
-        One label for all, or `labels` int64 [num]; neither means no label. steps defaults to the student's smallest
-        count, or 25 for a teacher; guidance and solver are for teachers.
+        Models that read text need `prompts`: one for all, or num of them. Others take one label for all, or `labels`
+        int64 [num]; neither means no label. steps defaults to the student's smallest count, or 25 for a teacher;
+        guidance and solver are for teachers. batch: samples made at once, default 64, of latent models 4.
         """
         if isinstance(self.model, Student):
             refused = [name for name, value in (("guidance", guidance), ("solver", solver)) if value is not None]
             if refused:
                 raise UserError(f"{refused[0]}: this student has it built in; it takes num, label, steps and seed")
+        denoiser = self.model.denoiser
+        batch = batch if batch is not None else 64 if denoiser.codec is None else 4
         if num < 1 or batch < 1 or not 0 <= seed < 2**32:
             raise UserError(f"num={num}, batch={batch}, seed={seed}: at least 1, at least 1, and 0 .. 2^32 - 1")
         if label is not None and labels is not None:
             raise UserError("label and labels: give one of them")
         asked = torch.full((num,), label) if label is not None else labels
-        if guidance is not None and (self.model.denoiser.null is None or asked is None):
-            raise UserError(f"guidance={guidance}: it needs a label, and a model that was trained without labels too")
+        if denoiser.codec is not None:
+            cond = self._texts(prompts, asked, num)
+            guidance = self._text_guidance(guidance)
+        else:
+            if prompts is not None:
+                raise UserError("a prompt: this model does not read text; it takes num, label, steps and seed")
+            if guidance is not None and (not denoiser.has_null or asked is None):
+                raise UserError(
+                    f"guidance={guidance}: it needs a label, and a model that was trained without labels too"
+                )
+            cond = self._labels(asked, num)
         default = self.steps[0] if self.steps else DEFAULT_TEACHER_STEPS
-        return draw(
+        samples = draw(
             self.model,
-            torch.arange(num),
+            torch.arange(first, first + num),
             seed=seed,
             steps=default if steps is None else steps,
-            cond=self._labels(asked, num),
+            cond=cond,
             guidance=guidance,
             solver=solver,
             batch=batch,
         )
+        return samples if denoiser.codec is None else self._decoded(samples, batch)
+
+    @torch.inference_mode()
+    def _decoded(self, latents: Tensor, batch: int) -> Tensor:
+        codec = self.model.denoiser.codec
+        assert codec is not None
+        return torch.cat([codec.decode(part).cpu() for part in latents.split(batch)])
+
+    def _texts(self, prompts: Sequence[str] | None, labels: Tensor | None, num: int) -> Cond:
+        """The conditions of num prompts; equal ones are encoded once."""
+        codec = self.model.denoiser.codec
+        assert codec is not None
+        if labels is not None:
+            raise UserError("label: this model reads text; give it a prompt")
+        if isinstance(prompts, str) or not prompts or len(prompts) not in (1, num):
+            raise UserError("prompts: this model reads text; give it one prompt, or as many as images")
+        unique = list(dict.fromkeys(prompts))
+        rows = conditions.to(codec.encode_prompts(unique), "cpu")
+        chosen = torch.tensor([unique.index(prompt) for prompt in prompts])
+        return conditions.select(rows, chosen.expand(num))
+
+    def _text_guidance(self, asked: float | None) -> float | None:
+        """What a text teacher is guided by: as asked, by its own default, else as its stock pipeline is by default."""
+        usual = self.model.denoiser.usual_guidance
+        if asked is not None or isinstance(self.model, Student) or self.model.guidance is not None or usual is None:
+            return asked
+        logger.info("guidance %g, the stock pipeline's default; --guidance 1 is without", usual)
+        return usual
+
+    def tile(self, tiling: bool) -> None:
+        """Decode in tiles; a model without latents has nothing to decode, and is refused."""
+        codec = self.model.denoiser.codec
+        if codec is not None:
+            codec.tiling = tiling
+        elif tiling:
+            raise UserError("tiling: this model makes pixels, there is nothing to decode in tiles")
+
+    def resize(self, height: int, width: int) -> Generator:
+        """Make images of another size in pixels from now on, where the model's size is free."""
+        self.model.denoiser.resized(height, width)
+        return self
 
     def _labels(self, labels: Tensor | None, num: int) -> Cond:
         classes = self.model.denoiser.num_classes
@@ -114,31 +195,36 @@ class Generator:
 
     def generate(self, prompt: str | None = None, **options: Any) -> list[Image]:
         """Like `sample`, as PIL images."""
-        self.refuse_no_pictures(prompt)
-        return images.to_pil(self.sample(**options))
+        self.refuse_no_pictures()
+        prompts = {} if prompt is None else {"prompts": [prompt]}
+        return images.to_pil(self.sample(**prompts, **options))
 
-    def refuse_no_pictures(self, prompt: str | None = None) -> None:
-        """A prompt for a model that reads none, and samples that are no grey or RGB images, are UserErrors."""
-        shape = self.model.denoiser.shape
-        if prompt is not None:
-            raise UserError("a prompt: this model does not read text; it takes num, label, steps and seed")
+    def refuse_no_pictures(self) -> None:
+        """Samples that are no grey or RGB images are a UserError."""
+        shape = self.image_shape
         if len(shape) != 3 or shape[0] not in (1, 3):
             raise UserError(f"this model makes samples of shape {shape}, which are no images; use sample() in Python")
 
 
-def load(path: str | Path, *, device: str = "auto") -> Generator:
-    """A model folder, student or teacher, ready to generate; what is wrong with it is told as a UserError."""
-    _, data = read_denoiser(path)
-    return load_student(path, device=device) if data.get("kind") == "student" else load_teacher(path, device=device)
+def load(path: str | Path, *, config: str | Path | None = None, device: str = "auto") -> Generator:
+    """A model, student or teacher, ready to generate: a folder, a single file or a hub id (see `sources.locate`).
+
+    What is wrong with it is told as a UserError.
+    """
+    folder = locate(path, config=config)
+    student = peek_json(folder / FACTS).get("kind") == "student"
+    return load_student(folder, device=device) if student else load_teacher(folder, device=device)
 
 
 def load_student(path: str | Path, *, device: str = "auto") -> Generator:
     """A student folder; a teacher is refused."""
-    student = Student.load(path)
-    student.denoiser.to(pick_device(device)).eval()
+    student, device = Student.load(path), pick_device(device)
+    student.denoiser.to(device).eval()
+    if student.denoiser.codec is not None:
+        student.denoiser.codec.to(device)
     return Generator(student)
 
 
 def load_teacher(path: str | Path, *, device: str = "auto", guidance: float | None = None) -> Generator:
     """Any checkpoint as a teacher, a student's network included."""
-    return Generator(open_teacher(Path(path), device=pick_device(device), guidance=guidance))
+    return Generator(open_teacher(locate(path), device=pick_device(device), guidance=guidance))

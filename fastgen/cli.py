@@ -16,7 +16,8 @@ import typer
 from fastgen.errors import RunFailed, Stopped, UserError
 
 if TYPE_CHECKING:
-    from fastgen.stages.machine import Context, Stage
+    from fastgen.stages.config import Stage
+    from fastgen.stages.context import Context
 
 logger = logging.getLogger("fastgen")
 app = typer.Typer(
@@ -87,7 +88,8 @@ def _open(config: Path, overrides: list[str], *, smoke: bool) -> tuple[list[Stag
     import torch
 
     from fastgen.api import pick_device
-    from fastgen.stages.machine import Context, load_run
+    from fastgen.stages.config import load_run
+    from fastgen.stages.context import Context
 
     run, stages = load_run(config, overrides, smoke=smoke)
     if run.threads:
@@ -175,29 +177,58 @@ def pairs(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="A student or teacher folder.")],
+    model: Annotated[str, typer.Argument(help="A student or teacher: a folder, a .safetensors file or a hub id.")],
     prompt: Annotated[str | None, typer.Argument(help="For models that read text.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: one image each.")] = None,
     out: Annotated[Path, typer.Option(help="A .png (a grid if --num > 1) or a folder (one file per image).")] = Path(
         "out.png"
     ),
-    num: Annotated[int, typer.Option(min=1, help="How many images.")] = 1,
+    num: Annotated[
+        int | None, typer.Option(min=1, help="How many images (default: 1, or one for each prompt).")
+    ] = None,
     label: Annotated[int | None, typer.Option(help="Class, for class-conditional models (default: no label).")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Network steps (default: the student's fewest).")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    size: Annotated[str | None, typer.Option(metavar="N|HxW", help="Pixels, for latent models.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance weight, for teachers.")] = None,
     solver: Annotated[str | None, typer.Option(help="ODE solver, for teachers: see `fastgen list samplers`.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a single file: a diffusers folder with configs and tokenizers.")
+    ] = None,
+    tiling: Annotated[
+        bool, typer.Option("--tiling", help="Decode in tiles: less memory, slightly other pixels.")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images made at once.")] = None,
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
-    """Make images with a model folder."""
+    """Make images with a model."""
     from fastgen import api, images
+    from fastgen.data.prompts import read_prompts
     from fastgen.files import make_folder, write_atomic
 
     grid = out.suffix.lower() == ".png" and not out.is_dir()
     if out.suffix and not grid and not out.is_dir():
         raise UserError(f"--out {out}: give a .png file or a folder")
-    loaded = api.load(model, device=device)
-    loaded.refuse_no_pictures(prompt)
-    samples = loaded.sample(num=num, label=label, steps=steps, seed=seed, guidance=guidance, solver=solver)
+    if prompt is not None and prompts is not None:
+        raise UserError("a prompt and --prompts: give one of them")
+    texts = read_prompts(prompts) if prompts is not None else None if prompt is None else [prompt]
+    if texts is not None and len(texts) > 1:
+        texts = [texts[i % len(texts)] for i in range(num or len(texts))]
+    loaded = api.load(model, config=config, device=device)
+    if size is not None:
+        loaded.resize(*_sides(size))
+    loaded.refuse_no_pictures()
+    loaded.tile(tiling)
+    samples = loaded.sample(
+        num=num or len(texts or [0]),
+        prompts=texts,
+        label=label,
+        steps=steps,
+        seed=seed,
+        guidance=guidance,
+        solver=solver,
+        batch=batch,
+    )
     if grid:
         make_folder(out.parent)
         write_atomic(out, images.grid_png(samples))
@@ -208,28 +239,158 @@ def generate(
     logger.info("wrote %s", out)
 
 
+def _sides(size: str) -> tuple[int, int]:
+    """ "512" or "512x768" (height x width)."""
+    parts = size.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--size {size}: a number of pixels, or HEIGHTxWIDTH as in 512x768")
+    return int(parts[0]), int(parts[-1])
+
+
+@app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="A student folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to be made.")],
+    to: Annotated[str, typer.Option(help="diffusers (a whole pipeline), lora, or single-file.")],
+    keys: Annotated[str | None, typer.Option(help="Names in a LoRA file: kohya (default) or peft.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Where the replay runs.")] = "auto",
+) -> None:
+    """Make a student's folder for stock diffusers, replay it there, and print how to run it in one line of Python."""
+    from fastgen.api import pick_device
+    from fastgen.samplers.export.make import export as make
+
+    made = make(student, to, out, keys=keys, dtype=dtype, device=pick_device(device))
+    logger.info("wrote %s; to run it:", made.folder)
+    print(made.line)
+
+
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A student or teacher folder.")],
-    reference: Annotated[str, typer.Option(help="Data: 'digits', a folder of images, a parquet or IDX path.")],
-    num: Annotated[int, typer.Option(min=16, help="How many samples.")] = 5000,
+    model: Annotated[str | None, typer.Argument(help="A student or teacher; none: --samples is measured.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="'digits', a folder of images, a parquet or IDX path, or a file of statistics.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(min=16, help="How many samples (default: 5000, or all there are).")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance weight, for teachers.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A published protocol: coco2017-5k, coco2014-30k or cifar10-50k.")
+    ] = None,
     extractor: Annotated[
-        str, typer.Option(help="classifier, random-conv, pooled-pixels, or a classifier's file.")
-    ] = "classifier",
+        str | None,
+        typer.Option(help="classifier (default), inception, random-conv, pooled-pixels, or a classifier's file."),
+    ] = None,
+    fid: Annotated[str | None, typer.Option(help="The Inception network, images resized by 'tf' or 'clean'.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The Inception network's file (default: in FASTGEN_WEIGHTS_DIR).")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="own, clean-fid or torchmetrics.")] = "own",
+    prompts: Annotated[Path | None, typer.Option(help="Prompts of a text model, taken in their order.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="A CLIPModel folder: the CLIP score besides.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Keep images here, and go on from those kept; or the images to measure.")
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(help="Write the reference's statistics: .safetensors, or .npz for others.")
+    ] = None,
+    crop: Annotated[int | None, typer.Option(min=8, help="Centre squares, by Lanczos to this side.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images made at a time.")] = None,
     as_json: Json = False,
     device: Annotated[str, typer.Option()] = "auto",
 ) -> None:
-    """Measure a model's samples against real images: FD, KID, precision, recall, shares, nearest image."""
+    """Measure samples against real images: FD (or FID), KID, precision, recall, IS, CLIP score, nearest image."""
+    from fastgen.evaluate import Ask
     from fastgen.evaluate import evaluate as run
 
-    results = run(model, reference, num=num, steps=steps, seed=seed, extractor=extractor, device=device)
+    results = run(
+        Ask(
+            model=model,
+            reference=reference,
+            num=num,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            preset=preset,
+            extractor=extractor,
+            fid=fid,
+            weights=weights,
+            backend=backend,
+            prompts=prompts,
+            clip=clip,
+            samples=samples,
+            save_reference=save_reference,
+            crop=crop,
+            batch=batch,
+            device=device,
+        )
+    )
     if as_json:
         print(json.dumps({"results": [result.to_dict() for result in results]}))
     else:
         for result in results:
             print(result)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="A student or teacher folder.")] = None,
+    vs: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measured in turns with MODEL; says speed-ups.")
+    ] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(metavar="NAME", help="No checkpoint: sd15, sd21 or sdxl at full size; --vs too.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(metavar="N,N", help="Default: all that a student was made for.")] = None,
+    batch: Annotated[str, typer.Option(metavar="N,N")] = "1",
+    variants: Annotated[
+        str, typer.Option(help="Joined by +, listed by commas: eager,bf16+compile-regional.")
+    ] = "eager",
+    scope: Annotated[str, typer.Option(help="net, e2e, and bare: the networks alone.")] = "net,e2e",
+    json_to: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="JSON lines, a row at once; - is stdout.")
+    ] = None,
+    device: Annotated[str, typer.Option()] = "auto",
+    teacher_steps: Annotated[int, typer.Option(min=1, help="Of a teacher given by --vs.")] = 25,
+    solver: Annotated[str, typer.Option(help="Of a teacher: see `fastgen list samplers`.")] = "euler",
+    guidance: Annotated[float | None, typer.Option(help="Of a teacher; it doubles the network's batch.")] = None,
+    tiny_decoder: Annotated[Path | None, typer.Option(metavar="FOLDER", help="An AutoencoderTiny.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Processes; figures are medians of theirs.")] = 1,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Timed calls (default: 50, and 10 s of them).")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Calls before (default: 10, and 3 s of them).")] = None,
+    limit: Annotated[float | None, typer.Option(min=0, help="Seconds at which a pass is cut short (30).")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+) -> None:
+    """Measure latency, memory and cost of a model, beside another one's, in many ways of running it."""
+    from fastgen.bench import Options, numbers, run
+    from fastgen.eval.rows import cells, table
+
+    options = Options(
+        model,
+        vs,
+        random_weights,
+        steps=None if steps is None else numbers("--steps", steps),
+        batch=numbers("--batch", batch),
+        variants=tuple(variants.split(",")),
+        scopes=tuple(scope.split(",")),
+        device=device,
+        teacher_steps=teacher_steps,
+        solver=solver,
+        guidance=guidance,
+        tiny_decoder=tiny_decoder,
+        iterations=iterations,
+        warmup=warmup,
+        limit=limit,
+        seed=seed,
+    )
+    rows = []
+    for row in run(options, json_to=json_to, repeats=repeats):
+        rows.append(row)
+        logger.info("%s", "  ".join(cells(row)))
+    print(f"\n{table(rows)}", file=sys.stderr)
+    if json_to == "-":
+        print(json.dumps({"rows": [row.to_dict() for row in rows]}))
 
 
 @app.command()

@@ -20,9 +20,9 @@ class Posterior(NamedTuple):
 
 
 class Framing(NamedTuple):
-    """How a picture was brought to its size, int64 [B, 2] each as (height, width): SDXL is told of it (2307.01952)."""
+    """How a picture was brought to its size, int64 [B, 2] each: SDXL is told of it (2307.01952)."""
 
-    original: Tensor
+    original: Tensor  # (height, width)
     corner: Tensor  # (top, left) of the crop, in pixels of the resized image
 
 
@@ -32,14 +32,24 @@ class Codec(Protocol):
     image_shape   (3, H, W) of what `decode` makes of the network's own latent shape
     text_sha256   of all that decides a prompt's condition: weights, tokenizer, lengths
     image_sha256  of all that decides an image's latents
+    tiling        decode in overlapping tiles: the memory of a tile, and slightly other pixels
     """
 
     image_shape: tuple[int, ...]
+    tiling: bool
     text_sha256: str
     image_sha256: str
 
     def encode_prompts(self, prompts: Sequence[str], framing: Framing | None = None) -> Cond:
         """The conditions of n prompts, n rows each; words that do not fit are left out and named in a warning."""
+        ...
+
+    def null(self) -> Cond:
+        """One row: the condition that guidance steers away from."""
+        ...
+
+    def time_ids(self, n: int, framing: Framing | None = None) -> Tensor | None:
+        """What a network is told of the framing, n rows; None for those that are not told."""
         ...
 
     def encode(self, images: Tensor) -> Posterior:

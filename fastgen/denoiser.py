@@ -111,6 +111,11 @@ class Denoiser(nn.Module):
         return View(self, path)
 
     @property
+    def usual_guidance(self) -> float | None:
+        """The guidance that the stock pipeline of such a network samples with by default."""
+        return None
+
+    @property
     def has_null(self) -> bool:
         """Whether there is a null condition, which guidance needs."""
         return self.num_classes is not None and self.null_label

@@ -57,7 +57,7 @@ def origin(folder: Path) -> dict[str, Any]:
 
 def _hub_id(source: str | Path) -> bool:
     # Like `runs/teacher`, which may not be made yet: what begins like a path of this folder is none.
-    match = HUB_ID.fullmatch(str(source)) if isinstance(source, str) else None
+    match = HUB_ID.fullmatch(str(source))
     return match is not None and not Path(match["name"]).parent.exists() and not match["name"].startswith(".")
 
 

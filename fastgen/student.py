@@ -8,12 +8,16 @@ from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import yaml
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fastgen import files
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.paths import Path, path_from_dict, path_to_dict
 from fastgen.teacher import FACTS, FORMAT, damage_explained, read_denoiser
+
+LORA, ADAPTERS, SETTINGS = "lora", "adapters.safetensors", "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +73,40 @@ class SamplerSpec:
 
 
 @dataclass
+class Adapters:
+    """The low-rank changes of a student (`fastgen.nets.lora`): tensors by name, and rank, alpha and targets."""
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+    def write(self, folder: FilePath) -> None:
+        folder.mkdir()
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, folder / ADAPTERS)
+        files.write_json(folder / SETTINGS, self.settings)
+
+    @staticmethod
+    def read(folder: FilePath) -> Adapters | None:
+        if not folder.is_dir():
+            return None
+        return Adapters(files.load_tensors(folder / ADAPTERS), files.read_json(folder / SETTINGS))
+
+
+@dataclass
 class Student:
     """`facts` holds method, guidance baked in, teacher and config hashes, metrics, licence: what the card tells."""
 
     denoiser: Denoiser
     sampler: SamplerSpec
     facts: dict[str, Any]
+    adapters: Adapters | None = None  # of a student whose weights are its teacher's plus low-rank changes
 
     def save(self, folder: str | FilePath) -> None:
         """Write the folder whole or not at all: weights, `fastgen.json` and the model card."""
         data = {"kind": "student", "sampler": self.sampler.to_dict(), "facts": self.facts}
         with files.atomic_folder(folder) as temporary:
             write_model(temporary, self.denoiser, data)
+            if self.adapters is not None:
+                self.adapters.write(temporary / LORA)
             files.write_atomic(temporary / "README.md", card(self))
 
     @staticmethod
@@ -90,7 +116,8 @@ class Student:
         if data.get("kind") != "student":
             raise UserError(f"{folder}: a teacher, not a student; distil it, or load it with fastgen.load_teacher")
         with damage_explained(FilePath(folder) / FACTS):
-            return Student(denoiser, SamplerSpec.from_dict(data["sampler"]), data["facts"])
+            adapters = Adapters.read(FilePath(folder) / LORA)
+            return Student(denoiser, SamplerSpec.from_dict(data["sampler"]), data["facts"], adapters)
 
 
 def save_teacher(denoiser: Denoiser, folder: str | FilePath, facts: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import fastgen.trainers
 from fastgen.errors import UserError
 from fastgen.listing import WHAT, config_names, find_config, listing
 from fastgen.samplers.ode import SOLVERS
-from fastgen.stages.machine import load_run
+from fastgen.stages.config import load_run
 from fastgen.teacher import families
 from fastgen.trainers.engine.method import find_method, methods
 

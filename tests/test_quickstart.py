@@ -52,7 +52,7 @@ def test_failed_gate_fails_the_full_run_and_not_the_quick_one(tmp_path):
 
 def test_quick_overrides_fit_the_shipped_config(tmp_path):
     from fastgen.listing import find_config
-    from fastgen.stages.machine import load_run
+    from fastgen.stages.config import load_run
 
     _, stages = load_run(find_config("quickstart"), [f"out={tmp_path}", *QUICK])
     assert {stage.name: stage for stage in stages}["distil"].loop.steps == 150

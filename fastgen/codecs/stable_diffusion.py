@@ -94,28 +94,27 @@ class StableDiffusionCodec:
             return {"text": last.last_hidden_state.float()}
         second = self._hidden("tokenizer_2", "text_encoder_2", prompts)
         text = torch.cat([last.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return {
-            "text": text.float(),
-            "pooled": second.text_embeds.float(),
-            "time_ids": self.time_ids(len(text), framing),
-        }
+        found = {"text": text.float(), "pooled": second.text_embeds.float()}
+        return found | self._ids(len(text), framing)
 
     def null(self) -> Cond:
         """One row: the condition of the empty prompt, all zeros where the pipeline says so (XL)."""
         row = self._null_row
-        return {name: value.to(self._parts.device) for name, value in row.items()} | self._null_ids
+        return {name: value.to(self._parts.device) for name, value in row.items()} | self._ids(1, None)
 
     @cached_property
     def _null_row(self) -> dict[str, Tensor]:
         row = {name: value.cpu() for name, value in (self.encode_prompts([""]) or {}).items() if name != "time_ids"}
         return {name: torch.zeros_like(value) for name, value in row.items()} if self._zero_null else row
 
-    @property
-    def _null_ids(self) -> dict[str, Tensor]:
-        return {"time_ids": self.time_ids(1)} if self.xl else {}
+    def _ids(self, n: int, framing: Framing | None) -> dict[str, Tensor]:
+        ids = self.time_ids(n, framing)
+        return {} if ids is None else {"time_ids": ids}
 
-    def time_ids(self, n: int, framing: Framing | None = None) -> Tensor:
-        """XL's (original height, width, crop top, left, target height, width), float32 [n, 6]."""
+    def time_ids(self, n: int, framing: Framing | None = None) -> Tensor | None:
+        """XL's (original height, width, crop top, left, target height, width), float32 [n, 6]; None for the others."""
+        if not self.xl:
+            return None
         size = torch.tensor(self.image_shape[1:])
         whole = Framing(size.expand(n, 2), torch.zeros(n, 2, dtype=torch.int64))
         original, corner = framing or whole
@@ -188,7 +187,8 @@ class StableDiffusionCodec:
     def _tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         length = tokenizer.model_max_length
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for prompt, ids in zip(prompts, tokenizer(list(prompts), truncation=False).input_ids, strict=True):
+        whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        for prompt, ids in zip(prompts, whole, strict=True):
             if len(ids) > length:
                 lost = tokenizer.decode(ids[length - 1 : -1])
                 logger.warning("prompt '%s...': only %d tokens fit; lost: '%s'", prompt[:40], length, lost)
@@ -241,6 +241,9 @@ class _Parts(dict[str, Any]):
     def _network(self, name: str) -> torch.nn.Module:
         from diffusers import AutoencoderKL
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
+        from transformers.utils import logging as quiet
+
+        quiet.disable_progress_bar()
 
         kinds: dict[str, Any] = {
             "vae": AutoencoderKL,

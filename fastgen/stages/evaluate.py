@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 
 from fastgen import files, images
-from fastgen.api import open_teacher
 from fastgen.cond import Cond
 from fastgen.data import DataSet
 from fastgen.data.part import LEAST_REAL, real_images
@@ -18,7 +17,8 @@ from fastgen.errors import UserError
 from fastgen.eval.latency import measure
 from fastgen.eval.protocol import MANY, classifier_for, image_protocol, point_protocol
 from fastgen.samplers.draw import draw
-from fastgen.stages.machine import Context, Stage
+from fastgen.stages.config import Stage
+from fastgen.stages.context import Context
 from fastgen.stages.train import same_shape
 from fastgen.student import Student
 from fastgen.teacher import Teacher
@@ -58,7 +58,7 @@ class Evaluate(Stage):
     def work(self, run: Context, folder: Path) -> dict[str, Any]:
         student = Student.load(run.path(self.student))
         student.denoiser.to(run.device).eval()
-        teacher = open_teacher(run.artefact(self.teacher), device=run.device, guidance=run.config.guidance)
+        teacher = run.open_teacher(self.teacher)
         same_shape(self.name, student=student.denoiser, teacher=teacher)
         seed = run.config.seed
         if len(teacher.shape) == 1:

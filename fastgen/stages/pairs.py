@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fastgen.api import open_teacher
 from fastgen.data.shards import PairShards
-from fastgen.stages.machine import Context, Stage
+from fastgen.errors import UserError
+from fastgen.stages.config import Stage
+from fastgen.stages.context import Context
+from fastgen.stages.inputs import prompts, training_data
 from fastgen.trainers.pairs import PairsConfig, make_pairs
 
 logger = logging.getLogger("fastgen")
@@ -26,10 +28,12 @@ class Pairs(Stage):
     incidental: ClassVar = frozenset({"pairs.batch"})
 
     def settings(self) -> tuple[str, ...]:
-        return ("seed", "guidance")
+        return ("seed", "guidance", "guidance_interval", "size", "data")
 
     def check(self, run: Context) -> None:
-        run.look(self.teacher)
+        look = run.look(self.teacher)
+        if look is not None and look.reads_text and training_data(run) is None:
+            raise UserError(f"stage {self.name}: this teacher reads text; set data.path to prompts or captioned images")
 
     def smoke(self) -> Pairs:
         few = {"num": 64, "per_shard": 32, "steps": 2, "batch": 32}
@@ -42,7 +46,8 @@ class Pairs(Stage):
 
     def make(self, run: Context, folder: Path, *, worker: int = 0, workers: int = 1) -> None:
         """Make this worker's missing shards."""
-        teacher = open_teacher(run.artefact(self.teacher), device=run.device, guidance=run.config.guidance)
+        teacher = run.open_teacher(self.teacher)
+        texts = prompts(run, teacher.denoiser) if teacher.denoiser.codec is not None else None
 
         def advance(done: int, total: int) -> None:
             logger.info("%s: shard %d of %d", self.name, done, total)
@@ -53,6 +58,7 @@ class Pairs(Stage):
             folder / "shards",
             seed=run.config.seed,
             tag=self.name,
+            texts=texts,
             worker=worker,
             workers=workers,
             advance=advance,

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from fastgen import files
 from fastgen.config import config_hash
-from fastgen.stages.machine import Context, Stage
+from fastgen.stages.config import Stage
+from fastgen.stages.context import Context
 
 
 class Report(Stage):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator
@@ -14,25 +14,44 @@ from torch import Tensor
 
 import fastgen
 from fastgen import files, images
-from fastgen.api import open_teacher
+from fastgen.codec import Codec
 from fastgen.config import Model, config_hash, explain, plain
 from fastgen.data import DataSet
-from fastgen.data.part import data_part
+from fastgen.data.encoded import CaptionDropout, Encoded, Texts
 from fastgen.data.shards import PairShards
 from fastgen.data.source import Source
 from fastgen.denoiser import Denoiser
 from fastgen.errors import RunFailed, UserError
 from fastgen.nets.fresh import FreshNet
+from fastgen.nets.lora import (
+    StudentConfig,
+    add_lora,
+    enable_gradient_checkpointing,
+    load_lora,
+    lora_settings,
+    lora_tensors,
+    merged,
+    share,
+)
 from fastgen.samplers import few_step
-from fastgen.stages.machine import Context, Stage
-from fastgen.student import Student, save_teacher
+from fastgen.stages.config import Stage
+from fastgen.stages.context import Context
+from fastgen.stages.inputs import as_seen, training_data
+from fastgen.student import Adapters, Student, save_teacher
 from fastgen.teacher import Teacher, family, read_denoiser
-from fastgen.trainers.engine.loop import Loop, LoopConfig
+from fastgen.trainers.engine.loop import Loop, LoopConfig, Rows
 from fastgen.trainers.engine.method import Method, find_method
 from fastgen.trainers.engine.monitors import left_band, sample_statistics
 
 logger = logging.getLogger("fastgen")
 PREVIEW_ROWS = 64
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PROMPTS = (
+    "a red fox sitting in fresh snow, morning light",
+    "a bowl of ramen on a wooden table, seen from above",
+    "an astronaut riding a horse, oil painting",
+    "a street sign that reads FAST",
+)
 INCIDENTAL = [
     f"loop.{key}"
     for key in ("micro", "save_every", "keep", "keep_every", "log_every", "preview_every", "trackers", "bad_limit")
@@ -57,6 +76,10 @@ class Train(Stage):
     init_distilled: bool = False
     teacher: str | None = None
     pairs: str | None = None
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    teacher_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of frozen weights: the teacher's, and under adapters
+    caption_dropout: float = Field(default=0.0, ge=0, le=1)  # share of rows that are given the empty prompt
+    preview_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=PROMPTS, min_length=1)
     lpips: LpipsConfig | None = None
     loop: LoopConfig = Field(default_factory=LoopConfig)
 
@@ -77,7 +100,8 @@ class Train(Stage):
         return self.model_copy(update={"loop": self.loop.model_copy(update=few)})
 
     def settings(self) -> tuple[str, ...]:
-        return ("seed", "data", "hold_out") if self.pairs is None else ("seed",)
+        ours = ("seed", "guidance", "guidance_interval", "size")
+        return (*ours, "data", "hold_out") if self.pairs is None else ours
 
     def check(self, run: Context) -> None:
         if (self.net is None) == (self.init is None):
@@ -90,24 +114,24 @@ class Train(Stage):
                 f"stage {self.name}: init={self.init} is a distilled student, not a teacher; "
                 "set init_distilled=true if that is meant"
             )
-        self._distance("cpu")
+        self._distance("cpu", None)
+        self._refuse_precision()
         data = None if self.pairs in run.names else self._data(run)
         if self.net is not None and self.teacher is None and self.pairs is None and data is None:
             raise UserError(
                 f"stage {self.name}: a fresh net needs data or a teacher to know its shape from; set data.path"
             )
         same_shape(self.name, init=init, teacher=teacher)
-        same_shape(self.name, init=init, **{"pairs" if self.pairs else "data": data if init else None})
+        if init is not None and data is not None and data.shape:
+            given = {"pairs": data} if self.pairs else {"data": data}
+            same_shape(self.name, init=init if self.pairs else init._replace(shape=init.data_shape), **given)
 
     def work(self, run: Context, folder: Path) -> dict[str, Any]:
-        teacher = open_teacher(run.artefact(self.teacher), device=run.device) if self.teacher else None
+        teacher = run.open_teacher(self.teacher) if self.teacher else None
         data = self._data(run)
-        student = self._student(run, teacher, data)
-        method = find_method(self.method.name)(self.method, student, teacher, distance=self._distance(run.device))
-        data = data if method.needs else None
-        same_shape(self.name, student=student, teacher=teacher, **{"pairs" if self.pairs else "data": data})
-        self._refuse_other_classes(student, data)
-        source = Source(data, run.config.seed) if data is not None else None
+        method = self._method_of(run, teacher, data)
+        student = method.student
+        source = self._source(run, method, data if method.needs else None)
         loop = Loop(
             method,
             source,
@@ -115,7 +139,7 @@ class Train(Stage):
             folder,
             seed=run.config.seed,
             device=run.device,
-            preview=Preview(source, folder, min(PREVIEW_ROWS, self.loop.batch)),
+            preview=self._preview(run, source, folder, student),
             interrupt=run.interrupt,
         )
         if loop.resume():
@@ -124,26 +148,89 @@ class Train(Stage):
             loop.log.rewind(0)  # what an attempt wrote that was killed before its first checkpoint
         loop.run()
         self._refuse_diverged(loop)
-        facts = self._facts(run, teacher, data)
+        facts = self._facts(run, teacher, data if method.needs else None)
         if method.makes == "teacher":
             save_teacher(loop.student, folder / "model", facts)
         else:
-            Student(loop.student, method.sampler(), facts).save(folder / "model")
+            denoiser, adapters = self._plain(run, loop.student)
+            Student(denoiser, method.sampler(), facts, adapters).save(folder / "model")
         return {"output": "model", "facts": facts}
 
     def _data(self, run: Context) -> DataSet | None:
-        if self.pairs is not None:
-            return PairShards(run.path(self.pairs))
-        return None if run.config.data is None else data_part(run.config.data, "train", run.config.hold_out)
+        return training_data(run) if self.pairs is None else PairShards(run.path(self.pairs))
+
+    def _method_of(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Method:
+        """The method with its networks: trained whole, or as adapters on frozen weights that they share."""
+        kind, lora, seed = find_method(self.method.name), self.student.lora, run.config.seed
+        student = self._student(run, teacher, data)
+        more = {}
+        if lora is not None and teacher is not None:
+            more = {name: add_lora(share(teacher.denoiser), lora, seed + i) for i, name in enumerate(kind.copies, 1)}
+        if self.student.gradient_checkpointing:
+            for denoiser in (student, *more.values(), *([teacher.denoiser] if teacher is not None else [])):
+                enable_gradient_checkpointing(denoiser)
+        method = kind(self.method, student, teacher, distance=self._distance(run.device, student.codec), **more)
+        if teacher is not None and self.teacher_precision != "fp32":
+            teacher.denoiser.to(HALF[self.teacher_precision])  # only now: what is trained whole was copied in float32
+        return method
 
     def _student(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Denoiser:
         """A trainable copy of what `init` names, or a fresh network in the shape of the teacher, else of the data."""
         if self.init is not None:
-            return copy.deepcopy(read_denoiser(run.path(self.init))[0]).requires_grad_(True)
+            shared = self.student.lora is not None and teacher is not None and self.init == self.teacher
+            student = share(teacher.denoiser) if shared and teacher else run.open_denoiser(self.init)
+            if self.student.lora is not None:
+                return add_lora(student, self.student.lora, run.config.seed)
+            return copy.deepcopy(student).requires_grad_(True)
         like = teacher or data
         assert self.net is not None and like is not None  # see check
         torch.manual_seed(run.config.seed)
         return family(self.net.family).build(self.net, like.shape, like.num_classes)
+
+    def _source(self, run: Context, method: Method, data: DataSet | None) -> Rows | None:
+        """Rows of the data as the student sees them."""
+        student = method.student
+        if data is not None:
+            data = as_seen(run, data, student, images="x0" in method.needs)
+        same_shape(self.name, student=student, teacher=method.teacher, **{"pairs" if self.pairs else "data": data})
+        self._refuse_other_classes(student, data)
+        if data is None:
+            return None
+        source = Source(data, run.config.seed)
+        if not self.caption_dropout:
+            return source
+        if not isinstance(data, Encoded):
+            raise UserError(f"stage {self.name}: caption_dropout drops captions, and the data have none")
+        logger.info("%s: %g %% of the rows are given the empty prompt", self.name, 100 * self.caption_dropout)
+        return CaptionDropout(source, data.texts, self.caption_dropout)
+
+    def _preview(self, run: Context, source: Rows | None, folder: Path, student: Denoiser) -> Preview:
+        if student.codec is None:
+            return Preview(source, folder, min(PREVIEW_ROWS, self.loop.batch))
+        texts = Texts(student.codec, self.preview_prompts, run.cache).make()
+        student.codec.release()
+        rows = texts.rows(torch.arange(len(texts)))
+        return Preview(source, folder, min(PREVIEW_ROWS, self.loop.batch), shown=rows)
+
+    def _plain(self, run: Context, student: Denoiser) -> tuple[Denoiser, Adapters | None]:
+        """The trained network as plain weights, with its adapters beside it where it has some."""
+        if self.student.lora is None:
+            return student, None
+        assert self.init is not None  # adapters need something to adapt
+        adapters = Adapters(lora_tensors(student), lora_settings(student))
+        # Merged into the weights as they were read: those that were trained under may have been rounded.
+        return merged(load_lora(run.open_denoiser(self.init), adapters.tensors, adapters.settings)), adapters
+
+    def _refuse_precision(self) -> None:
+        allowed = find_method(self.method.name).precisions
+        for key, value in (("teacher_precision", self.teacher_precision), ("loop.precision", self.loop.precision)):
+            if value not in allowed:
+                raise UserError(
+                    f"stage {self.name}: {key}={value}: method {self.method.name} differentiates its networks' inputs, "
+                    f"whose gradients {value} cannot hold; use {', '.join(allowed)}"
+                )
+        if self.student.lora is not None and self.init is None:
+            raise UserError(f"stage {self.name}: student.lora adapts trained weights; set init instead of net")
 
     def _refuse_other_classes(self, student: Denoiser, data: DataSet | None) -> None:
         """Labels that the student has no place for, and a student left without the labels it expects."""
@@ -164,12 +251,14 @@ class Train(Stage):
                 f"are in {loop.checkpoints.folder}; lower loop.optim.lr or set loop.clip, then --from {self.name}"
             )
 
-    def _distance(self, device: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def _distance(self, device: str, codec: Codec | None) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The perceptual distance of two samples, of what latents decode to."""
         if self.lpips is None:
             return None
         from fastgen.eval.lpips import LPIPS
 
-        return LPIPS(self.lpips.net, self.lpips.trunk, self.lpips.heads).to(device)
+        distance = LPIPS(self.lpips.net, self.lpips.trunk, self.lpips.heads).to(device)
+        return distance if codec is None else lambda a, b: distance(codec.decode(a), codec.decode(b))
 
     def _facts(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> dict[str, Any]:
         """What the folder tells of its making; licence and origin come from the teacher or from `init`."""
@@ -180,6 +269,9 @@ class Train(Stage):
         facts = {key: origin[key] for key in kept if key in origin}
         if self.init is not None:
             facts |= {"init": self.init, "init_sha256": run.sha256(self.init)}
+        if teacher is not None:
+            own = getattr(self.method, "guidance", None)
+            facts["guidance"] = run.config.guidance if own is None else own
         if isinstance(data, PairShards):
             facts |= {"guidance": data.manifest.guidance, "teacher_sha256": data.manifest.teacher}
         return facts | {
@@ -233,25 +325,29 @@ def _classes(number: int | None) -> str:
 
 
 class Preview:
-    """Fixed noise through the student now and then: a picture, collapse monitors, and the method's own figures."""
+    """Fixed noise through the student now and then: a picture, collapse monitors, and the method's own figures.
 
-    def __init__(self, source: Source | None, folder: Path, rows: int) -> None:
+    shown: fixed conditions for the picture; None: those of the first rows.
+    """
+
+    def __init__(self, source: Rows | None, folder: Path, rows: int, shown: Mapping[str, Tensor] | None = None) -> None:
         self.folder, self.rows = folder, torch.arange(rows)
         self.data = None if source is None else source.get(self.rows)
+        self.shown = shown
 
     @torch.no_grad()
     def __call__(self, loop: Loop) -> dict[str, float]:
         student, spec = loop.student.eval(), loop.method.sampler()
         batch = loop.batch_of(self.rows, self.data or {})
-        z = batch["eps"] if "eps" in batch.data else batch.normal("preview", student.shape)
-        cond = batch.cond if student.num_classes is not None else None
+        shown = batch
+        if self.shown is not None:
+            shown = loop.batch_of(torch.arange(len(next(iter(self.shown.values())))), self.shown)
+        z = shown["eps"] if "eps" in shown.data else shown.normal("preview", student.shape)
+        conditional = student.num_classes is not None or self.shown is not None
         steps = loop.method.preview_steps
-        renoise = lambda i: batch.normal("preview/renoise", student.shape, draw=i)  # noqa: E731
-        samples = few_step.sample(student, spec, z, steps, cond, renoise=renoise)
-        if len(student.shape) == 3 and student.shape[0] in (1, 3):
-            files.make_folder(self.folder / "previews")
-            grid = images.grid_png(samples.float().cpu().nan_to_num())
-            files.write_atomic(self.folder / "previews" / f"step-{loop.step:08d}.png", grid)
+        renoise = lambda i: shown.normal("preview/renoise", student.shape, draw=i)  # noqa: E731
+        samples = few_step.sample(student, spec, z, steps, shown.cond if conditional else None, renoise=renoise)
+        self._picture(samples, student.codec, loop.step)
         values = loop.method.diagnose(student, batch)
         if "x0" in batch.data:
             statistics = sample_statistics(samples, batch.x0)
@@ -259,3 +355,12 @@ class Preview:
                 logger.warning("%s: step %d: %s", self.folder.name, loop.step, line)
             values |= statistics
         return values
+
+    def _picture(self, samples: Tensor, codec: Codec | None, step: int) -> None:
+        if codec is not None:
+            samples = codec.decode(samples)
+            codec.release()
+        if samples.ndim == 4 and samples.shape[1] in (1, 3):
+            files.make_folder(self.folder / "previews")
+            grid = images.grid_png(samples.float().cpu().nan_to_num())
+            files.write_atomic(self.folder / "previews" / f"step-{step:08d}.png", grid)

@@ -50,6 +50,10 @@ class StableDiffusionDenoiser(Denoiser):
         return self.net(x.to(dtype), time, **options)[0]
 
     @property
+    def usual_guidance(self) -> float:
+        return 5.0 if self.xl else 7.5
+
+    @property
     def has_null(self) -> bool:
         return self.codec is not None and self.codec.reads_text
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fastgen.errors import UserError
-from fastgen.stages.machine import load_run
+from fastgen.stages.config import load_run
 from tests.commands import IMAGES, LOOP, MIXTURE, NET, PAIRS
 
 TRAIN = {"stage": "train", "method": "imitate", "teacher": "teacher", "net": NET}
@@ -159,7 +159,8 @@ def test_a_stand_in_is_trained_where_smoke_has_no_teacher(tmp_path):
 
 def test_stages_say_which_settings_of_the_run_they_read(tmp_path):
     _, stages = load(tmp_path, IMAGES)
-    assert [set(stage.settings()) for stage in stages] == [{"seed", "data", "hold_out"}, {"seed", "guidance"}, {"seed"}]
+    asked = {"seed", "guidance", "guidance_interval", "size"}
+    assert [set(stage.settings()) for stage in stages] == [{*asked, "data", "hold_out"}, {*asked, "data"}, asked]
     _, (_, _, _, evaluate) = load(
         tmp_path, {**IMAGES, "stages": [*IMAGES["stages"], {"name": "e", "stage": "evaluate", "student": "reflow"}]}
     )

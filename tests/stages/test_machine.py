@@ -12,7 +12,9 @@ from fastgen import files
 from fastgen.config import config_hash
 from fastgen.errors import RunFailed, Stopped, UserError
 from fastgen.stages import machine, records
-from fastgen.stages.machine import Context, Run, Stage, execute
+from fastgen.stages.config import Run, Stage
+from fastgen.stages.context import Context
+from fastgen.stages.machine import execute
 
 
 class Note(Stage):

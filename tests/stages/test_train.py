@@ -71,7 +71,7 @@ def broken(made, tmp_path, how):
         ("no json", "fastgen.json: not readable as JSON"),
         ("incomplete", "not complete (no COMPLETE file)"),
         ("no checkpoint", "not a checkpoint that any family knows"),
-        ("file", "a file; give the folder of the checkpoint"),
+        ("file", "a file, and no .safetensors"),
     ],
 )
 def test_a_broken_teacher_is_refused_before_anything_is_written(made, tmp_path, how, expected):

@@ -10,7 +10,9 @@ from fastgen.config import read_yaml
 from fastgen.errors import Stopped
 from fastgen.listing import find_config
 from fastgen.samplers.draw import draw
-from fastgen.stages.machine import Context, execute, load_run
+from fastgen.stages.config import load_run
+from fastgen.stages.context import Context
+from fastgen.stages.machine import execute
 from fastgen.student import Student, save_teacher
 from fastgen.teacher import Teacher, read_denoiser
 from fastgen.trainers.engine.checkpoint import Checkpoints

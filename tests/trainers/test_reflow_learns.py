@@ -11,7 +11,9 @@ from fastgen.data.source import Source
 from fastgen.files import read_json
 from fastgen.listing import find_config
 from fastgen.samplers import few_step, ode
-from fastgen.stages.machine import Context, execute, load_run
+from fastgen.stages.config import load_run
+from fastgen.stages.context import Context
+from fastgen.stages.machine import execute
 from fastgen.teachers import mlp
 from fastgen.trainers.engine.loop import Loop, LoopConfig
 from fastgen.trainers.engine.optim import OptimConfig, ScheduleConfig

@@ -55,8 +55,11 @@ class Batch:
 
     @property
     def x0(self) -> Tensor:
-        """Data, or the end points of pairs: [B, ...]."""
-        return self.data["x0"]
+        """Data, end points of pairs, or a draw from the posterior of an encoder ("x0_std"): [B, ...]."""
+        mean = self.data["x0"]
+        if "x0_std" not in self.data:
+            return mean
+        return mean + self.data["x0_std"] * self.normal("posterior", mean.shape[1:])
 
     @property
     def cond(self) -> Cond:
@@ -130,6 +133,8 @@ class Method:
     makes: ClassVar[Literal["teacher", "student"]] = "student"
     experimental: ClassVar[str] = ""  # what is still missing for the method to stand; empty: nothing
     preview_steps: ClassVar[int] = 1
+    copies: ClassVar[tuple[str, ...]] = ()  # networks that begin as the teacher; under LoRA they are handed in as adapters
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")  # of the forward pass, that the loss stands
 
     def __init__(
         self, config: Any, student: Denoiser, teacher: Teacher | None = None, *, distance: Distance | None = None

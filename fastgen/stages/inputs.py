@@ -1,0 +1,67 @@
+"""What a stage feeds its network: the run's data, as latents and conditions where the network lives on latents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from fastgen.data import DataSet, open_data
+from fastgen.data.encoded import EncodedPairs, Texts, encode
+from fastgen.data.part import data_part
+from fastgen.data.shards import PairShards
+from fastgen.denoiser import Denoiser
+from fastgen.errors import UserError
+from fastgen.stages.context import Context
+
+logger = logging.getLogger("fastgen")
+
+
+def training_data(run: Context) -> DataSet | None:
+    """The run's data as they lie on disk: texts whole, images without captions but for the held-out part."""
+    config = run.config.data
+    if config is None:
+        return None
+    data = open_data(config)
+    return data if data.captions is not None else data_part(config, "train", run.config.hold_out)
+
+
+def prompts(run: Context, denoiser: Denoiser) -> Texts:
+    """The conditions of the run's prompts, or of its captions, encoded or from the cache; the encoders are dropped."""
+    assert denoiser.codec is not None
+    data = training_data(run)
+    if data is None or data.captions is None:
+        raise UserError("this network reads text: set data.path to prompts (one per line) or to captioned images")
+    texts = Texts(denoiser.codec, data.captions, run.cache).make(advance=_told("prompts"), interrupt=run.interrupt)
+    denoiser.codec.release()
+    return texts
+
+
+def as_seen(run: Context, data: DataSet, denoiser: Denoiser, *, images: bool) -> DataSet:
+    """Data (or pairs) as the network reads them. images: whether a method needs latents, or prompts alone will do."""
+    if denoiser.codec is None:
+        if data.captions is not None:
+            raise UserError(f"{data.name}: texts, which this {denoiser.family} network does not read")
+        return data
+    if isinstance(data, PairShards):
+        texts = prompts(run, denoiser)
+        if texts.sha256 != (data.manifest.model_extra or {}).get("texts"):
+            raise UserError(f"{data.folder}: made with other prompts than those of data.path; give the same file")
+        return EncodedPairs(data, texts)
+    if data.captions is None:
+        raise UserError(f"{data.name}: images without captions, and the network reads text; see docs/data.md")
+    return encode(
+        denoiser.codec,
+        data,
+        run.cache,
+        shape=denoiser.shape,
+        images=images,
+        advance=_told("encoding"),
+        interrupt=run.interrupt,
+    )
+
+
+def _told(what: str) -> Callable[[int, int], None]:
+    def advance(done: int, total: int) -> None:
+        logger.info("%s: part %d of %d", what, done, total)
+
+    return advance
