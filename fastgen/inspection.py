@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,19 @@ def _model(path: Path) -> dict[str, Any]:
 def _data(path: Path) -> dict[str, Any]:
     import torch
 
-    from fastgen.data import DataConfig, open_data
+    from fastgen.data import DataConfig, detect, open_data
 
+    kind = detect(path)
+    if kind == "captioned":
+        return _captioned(path)
     data = open_data(DataConfig(path=str(path)))
+    if kind == "prompts":
+        return {
+            "kind": "prompts",
+            "name": data.name,
+            "prompts": len(data),
+            "longest_prompt_characters": _longest(data.captions),
+        }
     for index in torch.arange(len(data)).split(256):  # reads every image: the first bad one is named
         data.get(index)
     return {
@@ -81,3 +92,35 @@ def _data(path: Path) -> dict[str, Any]:
         "shape": list(data.shape),
         "classes": data.num_classes,
     }
+
+
+def _captioned(path: Path) -> dict[str, Any]:
+    """Every sample is read: the first bad one is named, with what a sample of this layout consists of."""
+    from fastgen.data import captioned
+    from fastgen.data.pixels import BadImage
+
+    store = captioned.open_store(path)
+    bad, sizes = list(store.problems), []
+    for _, found in captioned.sizes(store):
+        if isinstance(found, BadImage):
+            bad.append(str(found))
+        else:
+            sizes.append(found)
+    captioned.settle(store, bad, "refuse")
+    heights, widths = zip(*sizes, strict=True)
+    return {
+        "kind": "data",
+        "name": store.name,
+        "layout": store.layout,
+        "sample": store.expected,
+        "images": len(sizes),
+        "captions": len(store.captions),
+        "height": [min(heights), max(heights)],
+        "width": [min(widths), max(widths)],
+        "longest_caption_characters": _longest(store.captions),
+    }
+
+
+def _longest(texts: Sequence[str] | None) -> int:
+    """In characters: a tokenizer of 77 places holds some 300."""
+    return max(map(len, texts or [""]))

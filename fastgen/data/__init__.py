@@ -6,6 +6,7 @@ step sees is decided in one place (`source.Source`) and resuming needs one integ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -19,8 +20,11 @@ if TYPE_CHECKING:  # the config is read by commands that must start without torc
 
 LAYOUTS = (
     "a folder of .png/.jpg/.webp images (flat, or one sub-folder per class), .parquet files with the columns image and "
-    "label, or MNIST's IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, ...)"
+    "label, MNIST's IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, ...), captioned images (NAME.txt "
+    "beside NAME.jpg, metadata.jsonl, .parquet with image and text, WebDataset .tar), prompts (.txt, .tsv, .csv or "
+    ".jsonl)"
 )
+EXAMPLES = Path(__file__).with_name("examples.txt")  # data={kind: prompts, path: examples}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
@@ -28,35 +32,50 @@ class DataSet(Protocol):
     """What `open_data` returns and `source.Source` reads."""
 
     name: str
-    num_classes: int | None
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def num_classes(self) -> int | None: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample; () where there are texts alone."""
+        ...
+
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """The text of every row, or None: no texts."""
+        ...
 
     def __len__(self) -> int: ...
 
     def get(self, index: Tensor) -> dict[str, Tensor]:
-        """For index int64 [B]: {"x0": float32 [B, C, H, W] in [-1, 1], "label": int64 [B] where there are labels}."""
+        """For index int64 [B]: {"x0": float32 [B, C, H, W] in [-1, 1], "label": int64 [B] where there are labels}.
+
+        Captioned images bring their framing, int64 [B, 2] each: "original", the (height, width) of the picture, and
+        "corner", the (top, left) of the crop in pixels of the resized picture. Prompts bring nothing.
+        """
         ...
 
 
 class DataConfig(Model):
     """Where images come from. A field that the kind cannot use is refused unless it has its default value."""
 
-    kind: Literal["auto", "digits", "idx", "parquet", "folder", "synthetic"] = "auto"
+    kind: Literal["auto", "digits", "idx", "parquet", "folder", "captioned", "prompts", "synthetic"] = "auto"
     """auto: what lies at `path`; without a path the shipped digits."""
     path: str | None = None
     split: str = "train"
     """digits: train, held_out, all; IDX folder: train, test; folder of parquet files: how their names begin."""
     size: int | None = Field(default=None, ge=1)
-    """Short side after resizing, then cropped in the centre to a square; None: images must agree. synthetic: 32."""
+    """Short side after resizing, then cropped in the centre to a square; None: images must agree. synthetic: 32.
+    Captioned images need it."""
     channels: Literal[1, 3] = 3
     classes: int | None = Field(default=None, ge=1)
     """parquet, IDX: how many classes (None: the largest label + 1). synthetic: None makes unlabelled images."""
     rows: int = Field(default=4096, ge=1)
     """synthetic: how many images."""
     on_bad: Literal["refuse", "skip"] = "refuse"
-    """What an image that cannot be read does: stop the run, or give its place to the next good one (and a warning)."""
+    """What an image that cannot be read does: stop the run, or give its place to the next good one (and a warning).
+    captioned: bad samples are left out, for which all images are read once at the start."""
 
 
 _USES = {
@@ -64,6 +83,8 @@ _USES = {
     "idx": {"path", "split", "classes"},
     "parquet": {"path", "split", "size", "channels", "classes", "on_bad"},
     "folder": {"path", "size", "channels", "on_bad"},
+    "captioned": {"path", "split", "size", "channels", "on_bad"},
+    "prompts": {"path"},
     "synthetic": {"size", "channels", "classes", "rows"},
 }
 
@@ -71,6 +92,8 @@ _USES = {
 def open_data(config: DataConfig) -> DataSet:
     """The data set that a config describes; everything that can be wrong with it is a UserError."""
     path = Path(config.path).expanduser() if config.path is not None else None
+    if config.kind == "prompts" and config.path == EXAMPLES.stem:
+        path = EXAMPLES
     if path is not None and not path.exists():
         raise UserError(f"data.path={config.path}: no such file or folder; understood are {LAYOUTS}")
     kind = detect(path) if config.kind == "auto" else config.kind
@@ -94,9 +117,23 @@ def open_data(config: DataConfig) -> DataSet:
         from fastgen.data.parquet import Parquet
 
         return Parquet(path, config.split, config.size, config.channels, config.classes, config.on_bad)
+    if kind == "prompts":
+        from fastgen.data.prompts import Prompts
+
+        return Prompts(path)
+    if kind == "captioned":
+        return _open_captioned(path, config)
     from fastgen.data.folder import Folder
 
     return Folder(path, config.size, config.channels, config.on_bad)
+
+
+def _open_captioned(path: Path, config: DataConfig) -> DataSet:
+    from fastgen.data.captioned import Captioned, open_store
+
+    if config.size is None:
+        raise UserError(f"{path}: captioned images need data.size, the side in pixels that a model is trained at (512)")
+    return Captioned(open_store(path, config.split), config.size, config.channels, config.on_bad)
 
 
 def detect(path: Path | None) -> str:
@@ -106,17 +143,22 @@ def detect(path: Path | None) -> str:
     names = [path.name] if path.is_file() else sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
     if not names:
         raise UserError(f"{path}: an empty folder; understood are {LAYOUTS}")
-    if any(name.lower().endswith(".parquet") for name in names):
-        return "parquet"
     if any("-ubyte" in name for name in names):
         return "idx"
     if "manifest.json" in names and any(name.startswith("shard-") for name in names):
         raise UserError(f"{path}: a set of pairs, not of images; it is read where a method asks for pairs")
-    if path.is_dir():
-        from fastgen.data.pixels import ENDINGS
+    from fastgen.data import prompts
+    from fastgen.data.captioned import is_captioned
+    from fastgen.data.pixels import ENDINGS
 
-        if any((path / name).is_dir() or name.lower().endswith(ENDINGS) for name in names):
-            return "folder"
+    if is_captioned(path):
+        return "captioned"
+    if any(name.lower().endswith(".parquet") for name in names):
+        return "parquet"
+    if path.is_dir() and any((path / name).is_dir() or name.lower().endswith(ENDINGS) for name in names):
+        return "folder"
+    if path.is_file() and path.suffix.lower() in prompts.ENDINGS:
+        return "prompts"
     raise UserError(f"{path}: nothing known here (found {', '.join(names[:3])}); understood are {LAYOUTS}")
 
 

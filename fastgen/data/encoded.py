@@ -7,8 +7,6 @@ VAE.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from fastgen import noise
 from fastgen.codec import Codec, Framing
+from fastgen.data.prompts import texts_sha256
 from fastgen.data.shards import PairShards
 from fastgen.data.source import Source
 from fastgen.data.table import Table
@@ -33,8 +32,12 @@ class Captioned(Protocol):
     """A data set with a text for each row; `get` also gives how its pictures were framed ("original", "corner")."""
 
     name: str
-    captions: Sequence[str]
-    content_sha256: str
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def content_sha256(self) -> str: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -52,12 +55,8 @@ class Texts:
         place = {text: i for i, text in enumerate(unique)}
         self.codec, self._unique = codec, unique
         self._index = np.array([place[text] for text in texts], np.int64)
-        self.sha256 = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
-        key = {
-            "codec": codec.text_sha256,
-            "dtype": str(DTYPE),
-            "texts": hashlib.sha256(json.dumps(unique).encode()).hexdigest(),
-        }
+        self.sha256 = texts_sha256(texts)
+        key = {"codec": codec.text_sha256, "dtype": str(DTYPE), "texts": texts_sha256(unique)}
         self._table = Table(cache, "text", key, len(unique) + 1)
 
     def __len__(self) -> int:
@@ -79,10 +78,10 @@ class Texts:
         return {name: torch.cat([(part or {})[name].cpu() for part in parts]).to(DTYPE) for name in names}
 
     def rows(self, numbers: Tensor, framing: Framing | None = None) -> dict[str, Tensor]:
-        """{"cond.text": [B, ...], ...} for numbers int64 [B]; framing as of `Codec.encode_prompts`."""
+        """{"cond.text": float32 [B, ...], ...} for numbers int64 [B]; framing as of `Codec.encode_prompts`."""
         wanted = numbers.numpy(force=True)
         places = np.where(wanted == NULL, len(self._unique), self._index[wanted])
-        found = {f"cond.{name}": value for name, value in self._table.get(places).items()}
+        found = {f"cond.{name}": value.float() for name, value in self._table.get(places).items()}
         ids = self.codec.time_ids(len(wanted), framing)
         return found if ids is None else {**found, "cond.time_ids": ids.cpu()}
 
@@ -122,6 +121,7 @@ class Encoded:
     standard deviation, from which a batch draws (`Batch.x0`)."""
 
     num_classes = None
+    captions = None  # they are conditions already
 
     def __init__(self, name: str, shape: tuple[int, ...], texts: Texts, latents: Latents | None) -> None:
         self.name, self.shape, self.texts, self._latents = name, shape, texts, latents
@@ -139,6 +139,8 @@ class Encoded:
 
 class EncodedPairs:
     """Pairs that name their prompts by number, with the conditions in place of the numbers."""
+
+    captions = None
 
     def __init__(self, pairs: PairShards, texts: Texts) -> None:
         self.name, self.shape, self.num_classes = pairs.name, pairs.shape, pairs.num_classes

@@ -1,14 +1,16 @@
-"""Parquet files of encoded images, as dataset hubs publish them: columns `image` and `label`."""
+"""Parquet files of encoded images, as dataset hubs publish them: columns `image` and `label`, or `image` and `text`."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastgen.data.captions import TEXT_KEYS, BadSample, text_of
 from fastgen.data.pixels import BadImage, Coded, OnBad
 from fastgen.errors import UserError, require
 
@@ -16,24 +18,15 @@ from fastgen.errors import UserError, require
 CACHE_BYTES = 256 << 20
 
 
-class Parquet(Coded):
-    """Images from `image` (a struct with `bytes`, or bytes) or a flat `image.bytes`, labels from `label` if it exists.
+class Tables:
+    """The rows of one split: images from `image` (a struct with `bytes`, or bytes) or a flat `image.bytes`.
 
     path: one file, or a folder whose files begin with the split's name (train-00000-of-00002.parquet). Rows are reached
-    by row group, so a set larger than the cache is read best in small row groups. classes: None takes the largest
-    label + 1. A row without a label is a bad row.
+    by row group, so a set larger than the cache is read best in small row groups.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        split: str = "train",
-        size: int | None = None,
-        channels: int = 3,
-        classes: int | None = None,
-        on_bad: OnBad = "refuse",
-    ):
-        self._pa = require("pyarrow", extra="data", purpose=f"reading {path}")
+    def __init__(self, path: str | Path, split: str = "train"):
+        self.pa = require("pyarrow", extra="data", purpose=f"reading {path}")
         self.paths = _files(Path(path), split)
         self._files = [self._open(file) for file in self.paths]
         groups = [(f, g) for f, file in enumerate(self._files) for g in range(file.metadata.num_row_groups)]
@@ -42,13 +35,12 @@ class Parquet(Coded):
         self._file_starts = np.cumsum([0] + [file.metadata.num_rows for file in self._files])
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._cached = 0
-        rows = int(self._file_starts[-1])
-        if rows == 0:
+        self.name = Path(path).stem if Path(path).is_file() else f"{Path(path).name}/{split}"
+        if not len(self):
             raise UserError(f"{path}: holds no row")
-        labels, bad = self._labels(classes)
-        num_classes = None if labels is None else classes or int(labels.max()) + 1
-        name = Path(path).stem if Path(path).is_file() else f"{Path(path).name}/{split}"
-        super().__init__(name, rows, labels, num_classes, size, channels, on_bad, bad)
+
+    def __len__(self) -> int:
+        return int(self._file_starts[-1])
 
     def place(self, row: int) -> str:
         file = int(np.searchsorted(self._file_starts, row, side="right")) - 1
@@ -68,7 +60,7 @@ class Parquet(Coded):
         parquet = require("pyarrow.parquet", extra="data", purpose=f"reading {path}")
         try:
             file = parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-        except (OSError, self._pa.ArrowException) as error:
+        except (OSError, self.pa.ArrowException) as error:
             raise UserError(f"{path}: not a whole parquet file ({_line(error)}); fetch it again") from error
         if not _image_column(file.schema_arrow):
             names = ", ".join(file.schema_arrow.names)
@@ -85,10 +77,10 @@ class Parquet(Coded):
         try:
             table = self._files[f].read_row_group(g, columns=[column])
             values: Any = table.column(0)
-            if self._pa.types.is_struct(values.type):
+            if self.pa.types.is_struct(values.type):
                 values = require("pyarrow.compute", extra="data", purpose="").struct_field(values, "bytes")
             nbytes = values.nbytes
-        except (OSError, self._pa.ArrowException) as error:
+        except (OSError, self.pa.ArrowException) as error:
             values = BadImage(f"its row group {g} cannot be read ({_line(error)})")
         self._cache[group], self._cached = values, self._cached + nbytes
         while self._cached > CACHE_BYTES and len(self._cache) > 1:
@@ -96,30 +88,115 @@ class Parquet(Coded):
             self._cached -= getattr(old, "nbytes", 0)
         return values
 
-    def _labels(self, classes: int | None) -> tuple[torch.Tensor | None, dict[int, str]]:
-        """All labels (-1 where a row has none) and the rows that are bad for their label."""
-        has = ["label" in file.schema_arrow.names for file in self._files]
-        if not any(has):
-            return None, {}
-        if not all(has):
+    def columns(self, names: tuple[str, ...], usable: Callable[[Any], bool], needed: str) -> list[Any] | None:
+        """A whole column of every file, under the first of the names that occurs; None where none of them does.
+
+        usable: whether a column of this type will do; needed: what will, in words.
+        """
+        found = [_first(names, file.schema_arrow.names) for file in self._files]
+        if not any(found):
+            return None
+        if None in found:
             raise UserError(
-                f"{self.paths[has.index(False)]}: no column 'label', which {self.paths[has.index(True)]} has"
+                f"{self.paths[found.index(None)]}: no column '{next(filter(None, found))}', which others have"
             )
         columns = []
-        for path, file in zip(self.paths, self._files, strict=True):
+        for path, file, name in zip(self.paths, self._files, found, strict=True):
             try:
-                column = file.read(columns=["label"]).column("label")
-            except (OSError, self._pa.ArrowException) as error:
-                raise UserError(f"{path}: its labels cannot be read ({_line(error)}); fetch it again") from error
-            if not self._pa.types.is_integer(column.type):
-                raise UserError(f"{path}: column 'label' holds {column.type}, needed are whole numbers from 0")
-            columns.append(column.fill_null(-1).to_numpy().astype(np.int64))
-        labels = np.concatenate(columns)
+                column = file.read(columns=[name]).column(name)
+            except (OSError, self.pa.ArrowException) as error:
+                raise UserError(
+                    f"{path}: its column '{name}' cannot be read ({_line(error)}); fetch it again"
+                ) from error
+            if not usable(column.type):
+                raise UserError(f"{path}: column '{name}' holds {column.type}, needed are {needed}")
+            columns.append(column)
+        return columns
+
+
+class Parquet(Coded):
+    """Images with labels from `label`, if there is such a column.
+
+    classes: None takes the largest label + 1. A row without a label is a bad row.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        size: int | None = None,
+        channels: int = 3,
+        classes: int | None = None,
+        on_bad: OnBad = "refuse",
+    ):
+        self.tables = Tables(path, split)
+        labels, bad = self._labels(classes)
+        num_classes = None if labels is None else classes or int(labels.max()) + 1
+        super().__init__(self.tables.name, len(self.tables), labels, num_classes, size, channels, on_bad, bad)
+
+    def encoded(self, row: int) -> bytes:
+        return self.tables.encoded(row)
+
+    def place(self, row: int) -> str:
+        return self.tables.place(row)
+
+    def _labels(self, classes: int | None) -> tuple[torch.Tensor | None, dict[int, str]]:
+        """All labels (-1 where a row has none) and the rows that are bad for their label."""
+        columns = self.tables.columns(("label",), self.tables.pa.types.is_integer, "whole numbers from 0")
+        if columns is None:
+            return None, {}
+        labels = np.concatenate([column.fill_null(-1).to_numpy().astype(np.int64) for column in columns])
         wrong = (labels < 0) | (labels >= (classes or np.iinfo(np.int64).max))
         if wrong.all():
-            raise UserError(f"{self.paths[0]}: not one label lies in 0 .. {classes or 'any'}")
+            raise UserError(f"{self.tables.paths[0]}: not one label lies in 0 .. {classes or 'any'}")
         bad = {row: f"{self.place(row)}: no label in range" for row in np.flatnonzero(wrong).tolist()}
         return torch.from_numpy(labels), bad
+
+
+class Texts:
+    """The store of captioned images (`captions.Store`) in parquet files: the rows that have a text, in their order."""
+
+    layout = "parquet"
+    expected = "a row has its image's bytes in 'image' (or 'image.bytes') and its caption in 'text' (or 'caption')"
+
+    def __init__(self, path: Path, split: str):
+        self.tables = Tables(path, split)
+        self.name, types = self.tables.name, self.tables.pa.types
+        columns = self.tables.columns(
+            TEXT_KEYS, lambda kind: types.is_string(kind) or types.is_large_string(kind), "strings"
+        )
+        if columns is None:
+            raise UserError(f"{self.tables.paths[0]}: no column 'text' or 'caption'; {self.expected}")
+        self.captions: list[str] = []
+        self.problems: list[str] = []
+        self._rows: list[int] = []
+        # As bytes: one broken string would keep all of its column from being read as strings.
+        kept = (value.as_py() for column in columns for value in column.cast("large_binary"))
+        for row, data in enumerate(kept):
+            try:
+                self.captions.append(text_of(data))
+                self._rows.append(row)
+            except BadSample as error:
+                self.problems.append(f"{self.tables.place(row)}: {error}")
+
+    def encoded(self, row: int) -> bytes:
+        return self.tables.encoded(self._rows[row])
+
+    def place(self, row: int) -> str:
+        return self.tables.place(self._rows[row])
+
+
+def has_text(path: Path) -> bool:
+    """Whether a parquet file has a column of captions; a file that cannot be read has none, and its reader says why."""
+    try:
+        parquet = require("pyarrow.parquet", extra="data", purpose=f"reading {path}")
+        return _first(TEXT_KEYS, parquet.read_schema(path).names) is not None
+    except (UserError, OSError, ValueError):  # ArrowInvalid is a ValueError
+        return False
+
+
+def _first(names: tuple[str, ...], there: list[str]) -> str | None:
+    return next((name for name in names if name in there), None)
 
 
 def _files(path: Path, split: str) -> list[Path]:

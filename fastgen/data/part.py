@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fastgen.data import DataConfig, DataSet, open_data
@@ -12,35 +15,55 @@ from fastgen.errors import UserError
 LEAST_REAL = 16  # images of each part: recall counts neighbours
 
 
-class Part:
+class Rows:
+    """Some rows of a data set, chosen by `_choose`: what `get` gives, their captions, and their identity."""
+
+    def __init__(self, data: DataSet, name: str, count: int, told: str) -> None:
+        self.data, self.name, self._count, self._told = data, name, count, told
+        self.shape, self.num_classes = data.shape, data.num_classes
+        self.captions: Sequence[str] | None = None
+        if data.captions is not None:
+            self.captions = [data.captions[row] for row in self._choose(torch.arange(count)).tolist()]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def get(self, index: Tensor) -> dict[str, Tensor]:
+        return self.data.get(self._choose(index))
+
+    @property
+    def content_sha256(self) -> str:
+        """Which images these are: that of the whole and the rule of the choice. For data that have one: captioned."""
+        data: Any = self.data
+        return hashlib.sha256(f"{data.content_sha256} {self._told}".encode()).hexdigest()
+
+    def _choose(self, index: Tensor) -> Tensor:
+        """The rows of the whole, int64 [B], for index int64 [B] in 0 .. len - 1."""
+        raise NotImplementedError
+
+
+class Part(Rows):
     """The training part of a data set, or its held-out part (rows 0, k, 2k, ...)."""
 
     def __init__(self, data: DataSet, part: Literal["train", "held_out"], every: int = 5) -> None:
-        self.data, self.part, self.every = data, part, every
-        self.name = f"{data.name}/{part}"
-        self.shape, self.num_classes = data.shape, data.num_classes
-        self._held = -(-len(data) // every)
+        self.part, self.every = part, every
+        held = -(-len(data) // every)
+        count = held if part == "held_out" else len(data) - held
+        super().__init__(data, f"{data.name}/{part}", count, f"{part} of every {every}")
 
-    def __len__(self) -> int:
-        return self._held if self.part == "held_out" else len(self.data) - self._held
-
-    def get(self, index: Tensor) -> dict[str, Tensor]:
+    def _choose(self, index: Tensor) -> Tensor:
         k = self.every
-        return self.data.get(index * k if self.part == "held_out" else index + index // (k - 1) + 1)
+        return index * k if self.part == "held_out" else index + index // (k - 1) + 1
 
 
-class Some:
+class Some(Rows):
     """So many rows of a larger data set, evenly spread: folders are sorted by class."""
 
     def __init__(self, data: DataSet, rows: int) -> None:
-        self.name, self.shape, self.num_classes = data.name, data.shape, data.num_classes
-        self._data, self._rows = data, rows
+        super().__init__(data, data.name, rows, f"{rows} spread rows")
 
-    def __len__(self) -> int:
-        return self._rows
-
-    def get(self, index: Tensor) -> dict[str, Tensor]:
-        return self._data.get(index * len(self._data) // self._rows)
+    def _choose(self, index: Tensor) -> Tensor:
+        return index * len(self.data) // self._count
 
 
 def data_part(config: DataConfig, part: Literal["train", "held_out"], every: int) -> DataSet:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +35,18 @@ class BadImage(Exception):
     """One image that cannot be read; the message names it and says why."""
 
 
+class Picture(NamedTuple):
+    """A decoded image and how it was brought to its size; heights and widths count pixels."""
+
+    pixels: np.ndarray  # uint8 [C, H, W]
+    original: tuple[int, int]  # (height, width) as the picture is shown, before it was resized
+    corner: tuple[int, int]  # (top, left) of the crop in the resized picture
+
+
 class Memory:
     """Images kept whole in memory as uint8 [N, C, H, W]; labels int64 [N] in 0 .. num_classes - 1, or None."""
+
+    captions: Sequence[str] | None = None
 
     def __init__(self, name: str, images: Tensor, labels: Tensor | None, num_classes: int | None, white: int = 255):
         self.name, self.num_classes = name, num_classes
@@ -63,6 +74,9 @@ class Coded:
     bad: rows known not to be usable before any image is read.
     """
 
+    captions: Sequence[str] | None = None
+    framed: ClassVar[bool] = False  # whether `get` tells how each picture was brought to its size
+
     def __init__(
         self,
         name: str,
@@ -82,10 +96,11 @@ class Coded:
             self._report(row, BadImage(reason))
         self.shape: tuple[int, ...] = (channels, size, size) if size else ()
         if not size:
-            self.shape = self._good(0)[1].shape
+            self.shape = self._good(0)[1].pixels.shape
         # Row -> the good row in its place, and its pixels, once decoded; pages that are never filled take no memory.
         self._used = np.full(count, -1, np.int64)
         self._kept = np.empty((count, *self.shape), np.uint8) if count * math.prod(self.shape) <= KEPT_BYTES else None
+        self._framing = np.zeros((count, 4), np.int32)
 
     def encoded(self, row: int) -> bytes:
         """The file of one image; BadImage if there is none."""
@@ -99,35 +114,45 @@ class Coded:
         return self._count
 
     def get(self, index: Tensor) -> dict[str, Tensor]:
-        """{"x0": float32 [B, C, H, W] in [-1, 1], "label": int64 [B]} for index int64 [B] in 0 .. len - 1."""
+        """{"x0": float32 [B, C, H, W] in [-1, 1], "label": int64 [B]} for index int64 [B] in 0 .. len - 1.
+
+        framed: also "original" and "corner", int64 [B, 2] each; see `Picture`.
+        """
         wanted = index.numpy(force=True)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self._count:
             raise IndexError(f"index outside 0 .. {self._count - 1}")
         # In the order of storage, so that each block of a file is read once per batch.
         rows, slots = np.unique(wanted, return_inverse=True)
-        if self._kept is None:
-            found = [self._good(row) for row in rows.tolist()]
-            used = np.array([row for row, _ in found], np.int64)
-            pixels = np.array([image for _, image in found], np.uint8).reshape(-1, *self.shape)
-        else:
-            for row in rows[self._used[rows] < 0].tolist():
-                self._used[row], image = self._good(row)
-                self._kept[self._used[row]] = image
-            used = self._used[rows]
-            pixels = self._kept[used]
+        pixels, used = self._decoded(rows)
         batch = {"x0": to_sample(torch.from_numpy(pixels[slots]), 255)}
         if self.labels is not None:
             batch["label"] = self.labels[torch.from_numpy(used[slots])]
+        if self.framed:
+            framing = torch.from_numpy(self._framing[used[slots]]).long()
+            batch["original"], batch["corner"] = framing[:, :2], framing[:, 2:]
         return batch
 
-    def _good(self, row: int) -> tuple[int, np.ndarray]:
+    def _decoded(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For distinct rows int64 [R]: pixels uint8 [R, C, H, W], and the good row whose they are."""
+        fresh = rows if self._kept is None else rows[self._used[rows] < 0]
+        pixels = np.empty((len(rows) if self._kept is None else 0, *self.shape), np.uint8)
+        for i, row in enumerate(fresh.tolist()):
+            used, picture = self._good(row)
+            self._used[row], self._framing[used] = used, picture.original + picture.corner
+            if self._kept is None:
+                pixels[i] = picture.pixels
+            else:
+                self._kept[used] = picture.pixels
+        return (pixels if self._kept is None else self._kept[self._used[rows]]), self._used[rows]
+
+    def _good(self, row: int) -> tuple[int, Picture]:
         """The row itself or, where bad rows are skipped, the next good one (the first follows the last)."""
         for step in range(self._count):
             candidate = (row + step) % self._count
             if candidate in self._bad:
                 continue
             try:
-                return candidate, self._pixels(candidate)
+                return candidate, self._picture(candidate)
             except BadImage as error:
                 self._report(candidate, error)
         raise UserError(f"{self.name}: not one of its {self._count} images can be read")
@@ -138,15 +163,15 @@ class Coded:
         log.warning("%s: skipped, the next good image takes its place", error)
         self._bad.add(row)
 
-    def _pixels(self, row: int) -> np.ndarray:
-        pixels = decode(self.encoded(row), self.place(row), self.size, self.channels)
-        if self.shape and pixels.shape != self.shape:
-            height, width = self.shape[1:]
+    def _picture(self, row: int) -> Picture:
+        picture = decode(self.encoded(row), self.place(row), self.size, self.channels)
+        if self.shape and picture.pixels.shape != self.shape:
+            found, (height, width) = picture.pixels.shape[1:], self.shape[1:]
             raise UserError(
-                f"{self.place(row)}: {pixels.shape[1]}x{pixels.shape[2]} pixels (height x width), the first image has "
+                f"{self.place(row)}: {found[0]}x{found[1]} pixels (height x width), the first image has "
                 f"{height}x{width}; data.size=N brings all to N x N"
             )
-        return pixels
+        return picture
 
 
 def to_sample(pixels: Tensor, white: int) -> Tensor:
@@ -154,8 +179,8 @@ def to_sample(pixels: Tensor, white: int) -> Tensor:
     return pixels.float().div_(white / 2).sub_(1)
 
 
-def decode(data: bytes, place: str, size: int | None, channels: int) -> np.ndarray:
-    """An encoded image as uint8 [C, H, W]; BadImage names `place`.
+def decode(data: bytes, place: str, size: int | None, channels: int) -> Picture:
+    """An encoded image as a picture of its own size or of `size` x `size`; BadImage names `place`.
 
     Turned as its EXIF says; transparent pixels are laid over white; grey is repeated for three channels, colour
     becomes luma (ITU-R 601) for one; 16-bit grey keeps its upper 8 bits.
@@ -172,8 +197,9 @@ def decode(data: bytes, place: str, size: int | None, channels: int) -> np.ndarr
         if "cannot identify image file" in reason:
             reason = "none of PNG, JPEG and WebP, or broken from its first bytes"
         raise BadImage(f"{place}: not a readable image ({reason})") from error
-    pixels = np.asarray(_fit(flat, size) if size else flat)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    fitted, corner = _fit(flat, size) if size else (flat, (0, 0))
+    pixels = np.asarray(fitted)
+    return Picture(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1), (flat.height, flat.width), corner)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -184,13 +210,18 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image
 
 
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size`, centre crop. The box does both in one pass: a 1 x 10,000 image never grows to 512 x 5M."""
+def _fit(image: Image.Image, size: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Short side to `size`, centre crop; the crop's (top, left) in whole pixels of the resized picture.
+
+    The box does both in one pass: a 1 x 10,000 image never grows to 512 x 5M.
+    """
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
+    corner = round(top * size / side), round(left * size / side)
     if image.size == (size, size):
-        return image
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        return image, corner
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box), corner
 
 
 def read_bytes(path: Path) -> bytes:

@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastgen.errors import UserError
 
+if TYPE_CHECKING:  # prompts are read by commands that must start without torch
+    from torch import Tensor
+
 ENDINGS = (".txt", ".tsv", ".csv", ".jsonl")
 KEYS = ("prompt", "text")
+
+
+class Prompts:
+    """A prompt file as a data set of texts alone, for methods that need no images."""
+
+    num_classes: int | None = None
+    shape: tuple[int, ...] = ()
+
+    def __init__(self, path: str | Path):
+        self.name = Path(path).name
+        self.captions: Sequence[str] = read_prompts(path)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def get(self, index: Tensor) -> dict[str, Tensor]:
+        """No tensors: a row is its caption."""
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            raise IndexError(f"index outside 0 .. {len(self) - 1}")
+        return {}
+
+    @cached_property
+    def captions_sha256(self) -> str:
+        """Of the prompts in their order."""
+        return texts_sha256(self.captions)
+
+
+def texts_sha256(texts: Iterable[str]) -> str:
+    """One hash of a list of texts: of the hashes of each, so that no two lists run together."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
 
 
 def read_prompts(path: str | Path) -> list[str]:

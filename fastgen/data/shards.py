@@ -197,6 +197,8 @@ class PairShards:
     An incomplete set and a damaged shard are UserErrors that say how to go on.
     """
 
+    captions = None
+
     def __init__(self, folder: str | Path):
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         self.name, self.shape, self.num_classes = self.folder.name, self.manifest.shape, self.manifest.num_classes

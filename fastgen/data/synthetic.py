@@ -18,6 +18,8 @@ class Synthetic:
     num_classes None: the same images of one class, without labels.
     """
 
+    captions = None
+
     def __init__(self, shape: tuple[int, int, int], num_classes: int | None = None, rows: int = 4096):
         self.name, self.shape, self.num_classes, self._rows = "synthetic", tuple(shape), num_classes, rows
 

@@ -32,7 +32,7 @@ def coded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def pixels_of(image: Image.Image, size=None, channels=3, kind="PNG", **options) -> np.ndarray:
-    return decode(coded(image, kind, **options), "it", size, channels)
+    return decode(coded(image, kind, **options), "it", size, channels).pixels
 
 
 @pytest.fixture
@@ -123,8 +123,9 @@ def test_exif_turns_the_image():
     truth = noise(8, 16, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
-    decoded = pixels_of(Image.fromarray(truth), exif=exif)
-    assert np.array_equal(decoded, np.rot90(truth, -1).transpose(2, 0, 1))
+    picture = decode(coded(Image.fromarray(truth), exif=exif), "it", None, 3)
+    assert np.array_equal(picture.pixels, np.rot90(truth, -1).transpose(2, 0, 1))
+    assert (picture.original, picture.corner) == ((16, 8), (0, 0))
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 20), (20, 8)])
@@ -217,7 +218,7 @@ def test_no_damaged_byte_of_a_png_changes_a_pixel_unseen():
         data = bytearray(whole)
         data[i] ^= 16
         try:
-            assert np.array_equal(decode(bytes(data), "it", None, 1)[0], truth)
+            assert np.array_equal(decode(bytes(data), "it", None, 1).pixels[0], truth)
         except BadImage:
             refused += 1
     assert refused > 0.8 * len(whole)
@@ -234,7 +235,7 @@ def test_random_damage_never_escapes_as_another_error(kind):
             if data:
                 data[random.randrange(len(data))] = random.randrange(256)
         try:
-            assert decode(bytes(data), "it", 8, 3).shape == (3, 8, 8)
+            assert decode(bytes(data), "it", 8, 3).pixels.shape == (3, 8, 8)
         except BadImage as error:
             assert str(error).startswith("it: ")
             refused += 1

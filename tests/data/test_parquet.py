@@ -72,7 +72,7 @@ def test_a_small_cache_changes_nothing(tmp_path, monkeypatch):
     data = Parquet(path)
     for _ in range(2):
         np.testing.assert_allclose(data.get(torch.arange(9, -1, -1))["x0"], expected(range(9, -1, -1)), atol=1e-6)
-        assert len(data._cache) == 1
+        assert len(data.tables._cache) == 1
 
 
 def test_without_labels_there_is_no_label(tmp_path):
