@@ -1,4 +1,4 @@
-"""Where checkpoints come from: a folder, a single .safetensors file, or a hub id; each becomes a folder."""
+"""Where checkpoints come from: a folder, a single .safetensors file, a hub id, or `zoo:NAME`; each becomes a folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 # Pickles can run code when read, and are never fetched.
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "README.md")
 ORIGIN = "origin.json"
+ZOO = "zoo:"
 
 
 def cache_folder() -> Path:
@@ -30,8 +31,13 @@ def locate(source: str | Path, *, config: str | Path | None = None) -> Path:
     """The folder of a checkpoint.
 
     A .safetensors file is converted once, with the configs and tokenizers of the diffusers folder `config` (or what
-    diffusers fetches by itself); a hub id `owner/name@revision` is fetched. Anything else is a UserError.
+    diffusers fetches by itself); a hub id `owner/name@revision` is fetched; zoo:NAME is a tiny network with random
+    weights (`fastgen.zoo.tiny`). Anything else is a UserError.
     """
+    if str(source).startswith(ZOO):
+        from fastgen.zoo.tiny import folder_of
+
+        return folder_of(str(source).removeprefix(ZOO), cache_folder())
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -46,7 +52,7 @@ def locate(source: str | Path, *, config: str | Path | None = None) -> Path:
 
 def exists(source: str | Path) -> bool:
     """Whether `locate` has something to look for: a path that is there, or the form of a hub id."""
-    return Path(source).expanduser().exists() or _hub_id(source)
+    return str(source).startswith(ZOO) or Path(source).expanduser().exists() or _hub_id(source)
 
 
 def origin(folder: Path) -> dict[str, Any]:

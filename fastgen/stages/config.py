@@ -68,7 +68,9 @@ class Run(Model):
     data: DataConfig | None = None
     hold_out: int = Field(default=5, ge=2)  # every k-th image of data without a split of their own
     smoke: tuple[str, ...] = ()  # overrides for --smoke: made-up data and tiny networks
-    smoke_teacher: dict[str, Any] | None = None  # the network that stands in for teacher=PATH under --smoke
+    smoke_teacher: str | dict[str, Any] | None = (
+        None  # for teacher=PATH under --smoke: zoo:NAME, or a net to be trained
+    )
     stages: list[dict[str, Any]]
 
     @field_validator("stages")
@@ -105,6 +107,8 @@ def load_run(path: Path, overrides: list[str], *, smoke: bool = False) -> tuple[
     tree = override(tree, overrides)
     _refuse_misplaced(tree, path)
     run = validate(Run, one_stage(tree), str(path))
+    if smoke and run.teacher is None and isinstance(run.smoke_teacher, str):
+        run = run.model_copy(update={"teacher": run.smoke_teacher})
     if smoke and run.teacher is None and run.smoke_teacher:
         stand_in = {"name": "teacher", "stage": "train", "method": "flow_matching", "net": run.smoke_teacher}
         run = run.model_copy(update={"stages": [stand_in, *run.stages]})

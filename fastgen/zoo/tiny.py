@@ -1,0 +1,76 @@
+"""A published architecture in a few megabytes: the same blocks with few channels and random weights, as a folder.
+
+What `--smoke` stands in for a checkpoint, `teacher=zoo:sd15` by hand. It makes no pictures; everything else is as it
+would be with the real one: classes, keys, shapes of conditions, schedulers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgen import files
+from fastgen.errors import UserError, suggestion
+from fastgen.zoo.fresh import network, write_configs
+from fastgen.zoo.stable_diffusion import ARCHITECTURES
+
+TEXT = 32
+
+
+def folder_of(name: str, cache: Path) -> Path:
+    """The folder of a tiny architecture, made where it is not there yet; unknown names are UserErrors."""
+    if name not in ARCHITECTURES:
+        raise UserError(f"zoo:{name}: no such architecture ({suggestion(name, ARCHITECTURES)})")
+    folder = cache / "zoo" / f"{name}-tiny"
+    if not files.is_complete(folder):
+        files.make_folder(folder.parent)
+        configs = shrunk(ARCHITECTURES[name])
+        with files.atomic_folder(folder) as temporary, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            write_configs(temporary, configs)
+            for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+                if part in configs:
+                    made: Any = network(part, configs[part], torch.device("cpu"))
+                    made.save_pretrained(temporary / part)
+    return folder
+
+
+def shrunk(configs: dict[str, Any]) -> dict[str, Any]:
+    """The same configs with few channels, layers and pixels."""
+    unet, vae = configs["unet"], configs["vae"]
+    encoders = [part for part in ("text_encoder", "text_encoder_2") if part in configs]
+    changes = {
+        "sample_size": 8,
+        "block_out_channels": [32 * 2 ** min(i, 1) for i in range(len(unet["block_out_channels"]))],
+        "layers_per_block": 1,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+        "cross_attention_dim": TEXT * len(encoders),
+    }
+    if "addition_time_embed_dim" in unet:
+        changes |= {
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": TEXT + 6 * 8,
+            "transformer_layers_per_block": 1,
+        }
+    small = {
+        "unet": unet | changes,
+        "vae": vae
+        | {
+            "block_out_channels": [16] * len(vae["block_out_channels"]),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "sample_size": 8 * 2 ** (len(vae["block_out_channels"]) - 1),
+        },
+        "scheduler": configs["scheduler"],
+    }
+    text = {
+        "hidden_size": TEXT,
+        "intermediate_size": 2 * TEXT,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "projection_dim": TEXT,
+    }
+    return small | {part: configs[part] | text for part in encoders}
