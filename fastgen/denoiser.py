@@ -111,6 +111,11 @@ class Denoiser(nn.Module):
         return View(self, path)
 
     @property
+    def distilled(self) -> bool:
+        """Whether the checkpoint says of itself that it is somebody's few-step student."""
+        return False
+
+    @property
     def usual_guidance(self) -> float | None:
         """The guidance that the stock pipeline of such a network samples with by default."""
         return None

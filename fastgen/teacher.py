@@ -18,7 +18,7 @@ from fastgen import cond as conditions
 from fastgen.cond import Cond
 from fastgen.denoiser import Denoiser, View
 from fastgen.errors import UserError, suggestion
-from fastgen.files import is_complete, read_json
+from fastgen.files import is_complete, peek_json, read_json
 from fastgen.layout import wide
 from fastgen.paths import Pair, Path
 from fastgen.sources import locate, origin
@@ -136,6 +136,11 @@ def read_denoiser(folder: str | FilePath) -> tuple[Denoiser, dict[str, Any]]:
             return module.read(folder, None), {"facts": facts} if facts else {}
     known = ", ".join(families())
     raise UserError(f"{folder}: not a checkpoint that any family knows ({known}); see `fastgen list teachers`")
+
+
+def facts_of(folder: FilePath) -> dict[str, Any]:
+    """What a checkpoint's folder tells of its origin, its weights left alone."""
+    return peek_json(folder / FACTS).get("facts") or origin(folder)
 
 
 def _read_own(folder: FilePath, complete: bool) -> tuple[Denoiser, dict[str, Any]]:

@@ -94,7 +94,8 @@ class Context:
                 denoiser, data = read_denoiser(source)
                 codec, shape = self.fitted(denoiser).codec, denoiser.shape
                 data_shape = shape if codec is None else codec.image_shape
-                self._looks[reference] = Look(data.get("kind", "teacher"), shape, data_shape, codec is not None)
+                kind = "student" if denoiser.distilled else data.get("kind", "teacher")
+                self._looks[reference] = Look(kind, shape, data_shape, codec is not None)
         return self._looks[reference]
 
     def open_teacher(self, reference: str) -> Teacher:

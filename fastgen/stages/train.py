@@ -38,7 +38,7 @@ from fastgen.stages.config import Stage
 from fastgen.stages.context import Context
 from fastgen.stages.inputs import as_seen, training_data
 from fastgen.student import Adapters, Student, save_teacher
-from fastgen.teacher import Teacher, family, read_denoiser
+from fastgen.teacher import Teacher, facts_of, family
 from fastgen.trainers.engine.loop import Loop, LoopConfig, Rows
 from fastgen.trainers.engine.method import Method, find_method
 from fastgen.trainers.engine.monitors import left_band, sample_statistics
@@ -264,7 +264,8 @@ class Train(Stage):
         """What the folder tells of its making; licence and origin come from the teacher or from `init`."""
         origin = {} if teacher is None else dict(teacher.facts)
         if self.init is not None:
-            origin = {**read_denoiser(run.path(self.init))[1].get("facts", {}), **origin}
+            own = {} if self.init in run.names else {"teacher": run.path(self.init).name}
+            origin = {**own, **facts_of(run.path(self.init)), **origin}
         kept = ("license", "license_link", "base_model", "teacher", "teacher_sha256", "guidance")
         facts = {key: origin[key] for key in kept if key in origin}
         if self.init is not None:

@@ -50,6 +50,10 @@ class StableDiffusionDenoiser(Denoiser):
         return self.net(x.to(dtype), time, **options)[0]
 
     @property
+    def distilled(self) -> bool:
+        return self.net.config.time_cond_proj_dim is not None  # guidance as an input: LCM and its kin
+
+    @property
     def usual_guidance(self) -> float:
         return 5.0 if self.xl else 7.5
 
