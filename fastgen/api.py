@@ -196,8 +196,9 @@ class Generator:
     def generate(self, prompt: str | None = None, **options: Any) -> list[Image]:
         """Like `sample`, as PIL images."""
         self.refuse_no_pictures()
-        prompts = {} if prompt is None else {"prompts": [prompt]}
-        return images.to_pil(self.sample(**prompts, **options))
+        if prompt is not None:
+            options["prompts"] = [prompt]
+        return images.to_pil(self.sample(**options))
 
     def refuse_no_pictures(self) -> None:
         """Samples that are no grey or RGB images are a UserError."""

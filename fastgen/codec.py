@@ -37,8 +37,17 @@ class Codec(Protocol):
 
     image_shape: tuple[int, ...]
     tiling: bool
-    text_sha256: str
-    image_sha256: str
+
+    @property
+    def text_sha256(self) -> str: ...
+
+    @property
+    def image_sha256(self) -> str: ...
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it has a text encoder."""
+        ...
 
     def encode_prompts(self, prompts: Sequence[str], framing: Framing | None = None) -> Cond:
         """The conditions of n prompts, n rows each; words that do not fit are left out and named in a warning."""
@@ -60,8 +69,12 @@ class Codec(Protocol):
         """Latents [B, C, h, w] to images float32 [B, 3, H, W] in [-1, 1], differentiable; not clamped."""
         ...
 
-    def to(self, device: torch.device | str) -> Codec:
-        """Where it works from now on."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Codec:
+        """Where it works from now on, and how precisely; None: as before."""
+        ...
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Its networks by name, read if they were not."""
         ...
 
     def release(self) -> None:

@@ -56,8 +56,10 @@ def exists(source: str | Path) -> bool:
 
 
 def origin(folder: Path) -> dict[str, Any]:
-    """Licence and base model as far as the checkpoint's README or its conversion tell."""
+    """Licence and base model as far as the checkpoint's README, its place or its conversion tell."""
     facts = files.peek_json(folder / ORIGIN)
+    if folder.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/commit
+        facts["base_model"] = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
     return {**_front_matter(folder / "README.md"), **facts}
 
 

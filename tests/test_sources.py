@@ -125,3 +125,9 @@ def test_a_single_file_is_converted_once_with_the_configs_it_is_given(tmp_path, 
 def test_the_licence_is_read_from_the_card(tmp_path, text, facts):
     (tmp_path / "README.md").write_text(text)
     assert sources.origin(tmp_path) == facts
+
+
+def test_a_fetched_checkpoint_knows_its_name(tmp_path):
+    folder = tmp_path / "models--owner--a-name/snapshots/0123"
+    folder.mkdir(parents=True)
+    assert sources.origin(folder) == {"base_model": "owner/a-name"}

@@ -41,6 +41,7 @@ class StableDiffusionCodec:
         self.folder, self.tiling, self.slicing = folder, False, False
         self.xl = (folder / "text_encoder_2").is_dir()
         self._parts = _Parts(folder)
+        self._null_on: dict[torch.device, dict[str, Tensor]] = {}
         self.factor = 2 ** (len(self._parts.config("vae")["block_out_channels"]) - 1)
         self.image_shape = (3, *(side * self.factor for side in latent[1:]))
 
@@ -99,8 +100,10 @@ class StableDiffusionCodec:
 
     def null(self) -> Cond:
         """One row: the condition of the empty prompt, all zeros where the pipeline says so (XL)."""
-        row = self._null_row
-        return {name: value.to(self._parts.device) for name, value in row.items()} | self._ids(1, None)
+        device = self._parts.device
+        if device not in self._null_on:  # asked for at every guided call
+            self._null_on[device] = {name: value.to(device) for name, value in self._null_row.items()}
+        return self._null_on[device] | self._ids(1, None)
 
     @cached_property
     def _null_row(self) -> dict[str, Tensor]:
@@ -187,9 +190,8 @@ class StableDiffusionCodec:
     def _tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
         length = tokenizer.model_max_length
         tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        whole = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-        for prompt, ids in zip(prompts, whole, strict=True):
-            if len(ids) > length:
+        for prompt, filled in zip(prompts, tokens.attention_mask.all(1).tolist(), strict=True):
+            if filled and len(ids := tokenizer(prompt, truncation=False, verbose=False).input_ids) > length:
                 lost = tokenizer.decode(ids[length - 1 : -1])
                 logger.warning("prompt '%s...': only %d tokens fit; lost: '%s'", prompt[:40], length, lost)
         return tokens.input_ids

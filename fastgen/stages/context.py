@@ -89,7 +89,8 @@ class Context:
         if reference not in self._looks:
             source = self.artefact(reference)
             if isinstance(source, dict):
-                self._looks[reference] = Look("teacher", *[open_teacher(source).shape] * 2, False)
+                shape = open_teacher(source).shape
+                self._looks[reference] = Look("teacher", shape, shape, False)
             else:
                 denoiser, data = read_denoiser(source)
                 codec, shape = self.fitted(denoiser).codec, denoiser.shape

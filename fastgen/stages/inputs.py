@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import cast
 
 from fastgen.data import DataSet, open_data
-from fastgen.data.encoded import EncodedPairs, Texts, encode
+from fastgen.data.encoded import Captioned, EncodedPairs, Texts, encode
 from fastgen.data.part import data_part
 from fastgen.data.shards import PairShards
 from fastgen.denoiser import Denoiser
@@ -51,7 +52,7 @@ def as_seen(run: Context, data: DataSet, denoiser: Denoiser, *, images: bool) ->
         raise UserError(f"{data.name}: images without captions, and the network reads text; see docs/data.md")
     return encode(
         denoiser.codec,
-        data,
+        cast(Captioned, data),
         run.cache,
         shape=denoiser.shape,
         images=images,

@@ -34,6 +34,7 @@ from fastgen.nets.lora import (
     share,
 )
 from fastgen.samplers import few_step
+from fastgen.samplers.replay import refuse_unreplayable
 from fastgen.stages.config import Stage
 from fastgen.stages.context import Context
 from fastgen.stages.inputs import as_seen, training_data
@@ -170,6 +171,8 @@ class Train(Stage):
             for denoiser in (student, *more.values(), *([teacher.denoiser] if teacher is not None else [])):
                 enable_gradient_checkpointing(denoiser)
         method = kind(self.method, student, teacher, distance=self._distance(run.device, student.codec), **more)
+        if method.makes == "student" and student.codec is not None:
+            refuse_unreplayable(student, method.sampler())
         if teacher is not None and self.teacher_precision != "fp32":
             teacher.denoiser.to(HALF[self.teacher_precision])  # only now: what is trained whole was copied in float32
         return method
@@ -267,12 +270,12 @@ class Train(Stage):
             own = {} if self.init in run.names else {"teacher": run.path(self.init).name}
             origin = {**own, **facts_of(run.path(self.init)), **origin}
         kept = ("license", "license_link", "base_model", "teacher", "teacher_sha256", "guidance")
-        facts = {key: origin[key] for key in kept if key in origin}
+        facts: dict[str, Any] = {key: origin[key] for key in kept if key in origin}
         if self.init is not None:
             facts |= {"init": self.init, "init_sha256": run.sha256(self.init)}
         if teacher is not None:
-            own = getattr(self.method, "guidance", None)
-            facts["guidance"] = run.config.guidance if own is None else own
+            weight = getattr(self.method, "guidance", None)
+            facts["guidance"] = run.config.guidance if weight is None else weight
         if isinstance(data, PairShards):
             facts |= {"guidance": data.manifest.guidance, "teacher_sha256": data.manifest.teacher}
         return facts | {
