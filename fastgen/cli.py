@@ -395,12 +395,33 @@ def bench(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model, a run, a pair set, or data.")], as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="A model, a run, a pair set, or data.")],
+    overrides: Overrides = None,
+    method: Annotated[
+        str | None, typer.Option("--plan", metavar="CONFIG|METHOD", help="What training from this model would take.")
+    ] = None,
+    vram: Annotated[float | None, typer.Option(min=0.1, help="Of the device, in GiB: what makes it fit?")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Say what a path is: a teacher or student and its facts, a run and its stages, pairs, or images."""
-    from fastgen.inspection import inspect as look
+    """Say what a path is: a teacher or student and its facts, a run and its stages, pairs, or images.
 
-    _show(look(path), as_json)
+    With --plan: the memory of weights, averages, moments and gradients of a method on this model, and an estimate of
+    activations; KEY=VALUE changes its config.
+    """
+    if method is None:
+        from fastgen.inspection import inspect as look
+
+        if overrides or vram is not None:
+            raise UserError("config overrides and --vram go with --plan METHOD")
+        _show(look(path), as_json)
+        return
+    from fastgen.plan import plan
+
+    made = plan(path, method, overrides or [], vram=vram)
+    if as_json:
+        print(json.dumps(made.to_dict()))
+    else:
+        print("\n".join(made.lines()))
 
 
 @app.command(name="list")

@@ -17,7 +17,21 @@ import fastgen
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("core", "samplers", "eval", "trainers", "app")
 # The app layer stands beside core in fastgen/: this is the list of its modules.
-APP = {"api", "cli", "compare", "doctor", "evaluate", "inspection", "listing", "quickstart", "stages"}
+APP = {
+    "api",
+    "bench",
+    "cli",
+    "compare",
+    "doctor",
+    "evaluate",
+    "inspection",
+    "listing",
+    "plan",
+    "quickstart",
+    "references",
+    "samples",
+    "stages",
+}
 # What `fastgen/__init__.py` takes from `fastgen.api` when asked: importing it is importing the app.
 LAZY = set(fastgen.__all__) - {"__version__"}
 

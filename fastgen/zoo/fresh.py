@@ -7,6 +7,7 @@ same 77 tokens either way.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def write_configs(folder: Path, configs: dict[str, Any]) -> None:
     _write_index(folder, encoders, tokenizers)
 
 
-def _write_index(folder: Path, encoders: list[str], tokenizers: list[str]) -> None:
+def _write_index(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str]) -> None:
     xl = len(encoders) > 1
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline",
