@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMPLETE = "COMPLETE"
+# What safetensors calls torch's types.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"} | {
+    f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)
+}
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
 
 
 def _fsync(path: Path) -> None:
@@ -40,7 +46,7 @@ def _space_explained(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if _out_of_space(error, path.parent):
-            raise RunFailed(f"{path}: no space left on the device; free some and run again with --resume") from error
+            raise RunFailed(f"{path}: no space left on the device; free some and run it again") from error
         raise
 
 
@@ -216,6 +222,28 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within it `load_tensors` reads headers alone, and its tensors lie on the meta device: shapes without values."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        return {
+            name: torch.empty(part.get_shape(), dtype=getattr(torch, DTYPES[part.get_dtype()]), device="meta")
+            for name, part in slices.items()
+        }
+
+
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file; missing, truncated and pickled files are UserErrors that name the file."""
     from safetensors import SafetensorError
@@ -225,7 +253,7 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return load_file(path)
+        return _shapes(path) if _shapes_only.get() else load_file(path)
     except (SafetensorError, OSError) as error:
         # The length of a safetensors header may begin with a pickle's bytes, but then the header's brace follows it.
         with open(path, "rb") as file:

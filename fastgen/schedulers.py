@@ -162,6 +162,7 @@ def write_scheduler(convention: Any, folder: FilePath) -> str:
                 prediction_type=names[prediction.kind],
                 timestep_spacing="trailing",
                 set_alpha_to_one=True,
+                steps_offset=1,  # without a meaning here; latent pipelines warn of any other
                 clip_sample=False,
             )
         case RectifiedFlow(sigma_min=0) if (

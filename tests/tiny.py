@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 LATENT = 8  # 16 x 16 pixels: the VAE halves once
-TEXT = 32
+TEXT, WIDER = 32, 48  # stock code tells XL's two encoders apart by their widths
 
 
 def stable_diffusion(folder: Path, prediction_type: str = "epsilon", zero_snr: bool = False) -> Path:
@@ -49,11 +49,11 @@ def sdxl(folder: Path) -> Path:
     pipeline = StableDiffusionXLPipeline(
         vae=vae(0.13025, force_upcast=True),
         text_encoder=text_encoder(),
-        text_encoder_2=text_encoder(projection=True),
+        text_encoder_2=text_encoder(WIDER, projection=True),
         tokenizer=words,
         tokenizer_2=words,
         unet=unet(
-            cross_attention_dim=2 * TEXT,
+            cross_attention_dim=TEXT + WIDER,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=TEXT + 6 * 8,
@@ -96,12 +96,12 @@ def vae(scaling: float, **options: Any) -> Any:
     ).eval()
 
 
-def text_encoder(projection: bool = False) -> Any:
+def text_encoder(width: int = TEXT, projection: bool = False) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=514,
-        hidden_size=TEXT,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,

@@ -42,8 +42,6 @@ class Reflow(Method):
         huber_c: float = Field(default=0.00054, gt=0)  # times the number of coordinates (2405.20320)
         u_shape_a: float = Field(default=4.0, gt=0)
 
-    experimental = "the export of its students to stock pipelines is not built yet"
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.needs = frozenset({"x0", "eps"})

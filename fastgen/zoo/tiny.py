@@ -16,7 +16,8 @@ from fastgen.errors import UserError, suggestion
 from fastgen.zoo.fresh import network, write_configs
 from fastgen.zoo.stable_diffusion import ARCHITECTURES
 
-TEXT = 32
+WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}  # stock code tells XL's two apart by them
+POOLED = 32
 
 
 def folder_of(name: str, cache: Path) -> Path:
@@ -47,12 +48,12 @@ def shrunk(configs: dict[str, Any]) -> dict[str, Any]:
         "layers_per_block": 1,
         "attention_head_dim": 8,
         "norm_num_groups": 8,
-        "cross_attention_dim": TEXT * len(encoders),
+        "cross_attention_dim": sum(WIDTHS[part] for part in encoders),
     }
     if "addition_time_embed_dim" in unet:
         changes |= {
             "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": TEXT + 6 * 8,
+            "projection_class_embeddings_input_dim": POOLED + 6 * 8,
             "transformer_layers_per_block": 1,
         }
     small = {
@@ -66,11 +67,5 @@ def shrunk(configs: dict[str, Any]) -> dict[str, Any]:
         },
         "scheduler": configs["scheduler"],
     }
-    text = {
-        "hidden_size": TEXT,
-        "intermediate_size": 2 * TEXT,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "projection_dim": TEXT,
-    }
-    return small | {part: configs[part] | text for part in encoders}
+    text = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": POOLED}
+    return small | {part: configs[part] | text | {"hidden_size": WIDTHS[part]} for part in encoders}

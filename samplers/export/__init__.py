@@ -1,0 +1,2 @@
+"""Students for other people's software: stock pipeline folders, LoRA files and single files, each replayed before it is
+handed over."""
