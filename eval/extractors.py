@@ -21,8 +21,9 @@ from fastgen.data import DataSet
 from fastgen.data.digits import Digits
 from fastgen.errors import UserError, suggestion
 from fastgen.eval.classifier import FEATURES, WEIGHTS, ConvNet, load_classifier, train_classifier
+from fastgen.eval.inception import InceptionExtractor
 
-NAMES = ("pooled-pixels", "random-conv", "classifier")
+NAMES = ("pooled-pixels", "random-conv", "classifier", "inception")
 BATCH = 250
 
 
@@ -168,7 +169,8 @@ def load_extractor(name: str, data: DataSet, steps: int = 1000) -> Extractor:
     """The extractor of that name for a data set's images.
 
     name: "pooled-pixels", "random-conv", "classifier" (for digits the shipped weights, for any other labelled data set
-    one trained here and now, seed 0, `steps` steps, a minute or two), or the path of a classifier's .safetensors file.
+    one trained here and now, seed 0, `steps` steps, a minute or two), "inception" (from a local file, resize "tf"), or
+    the path of a classifier's .safetensors file.
     """
     if name == "pooled-pixels":
         return PooledPixels(data.shape)
@@ -178,6 +180,8 @@ def load_extractor(name: str, data: DataSet, steps: int = 1000) -> Extractor:
         if isinstance(data, Digits):  # by type: the held-out part of a user's folder may be called digits/... too
             return Classifier.load(WEIGHTS)
         return Classifier(train_classifier(data, steps=steps), f"{data.name.split('/')[0]}-classifier")
+    if name == "inception":
+        return InceptionExtractor.load(channels=data.shape[0])
     if name.endswith(".safetensors"):
         return Classifier.load(name)
     raise UserError(f"unknown extractor '{name}'; {suggestion(name, NAMES)}")

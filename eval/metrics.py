@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,17 +28,23 @@ class Result:
     """One measured number with all that decides whether two of them may be compared.
 
     `floor` is the same metric between two halves of real data (None where the metric has none), `extractor` and its
-    hash are None for metrics of raw points.
+    hash are None for metrics of raw points, `n_ref` is None where a file of statistics does not say it. `resize` is how
+    images reached the extractor's size, `backend` whose arithmetic and network it was, `interval` half the width of a
+    95 % interval.
     """
 
     metric: str
     value: float
     n_gen: int
-    n_ref: int
+    n_ref: int | None
     extractor: str | None
     extractor_sha256: str | None
     floor: float | None
-    seed: int
+    seed: int | None
+    resize: str = "none"
+    reference_sha256: str | None = None
+    backend: str = "own"
+    interval: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a value that is not finite becomes None, since strict JSON has no NaN."""
@@ -48,9 +54,12 @@ class Result:
     def __str__(self) -> str:
         extractor = f"{self.extractor} {self.extractor_sha256[:12]}" if self.extractor_sha256 else "none"
         floor = "none" if self.floor is None else f"{self.floor:.4g}"
+        interval = "" if self.interval is None else f" +- {self.interval:.2g}"
+        against = "" if self.n_ref is None else f" against {self.n_ref}"
+        reference = f"reference {self.reference_sha256[:12]}, " if self.reference_sha256 else ""
         return (
-            f"{self.metric} {self.value:.4g} (n {self.n_gen} against {self.n_ref}, extractor {extractor}, "
-            f"floor {floor}, seed {self.seed})"
+            f"{self.metric} {self.value:.4g}{interval} (n {self.n_gen}{against}, {reference}extractor {extractor}, "
+            f"resize {self.resize}, floor {floor}, seed {self.seed}, backend {self.backend})"
         )
 
 
@@ -94,6 +103,13 @@ class Moments:
         """Moments of a known law (a Gaussian or a mixture): its count is infinite and nothing can be added."""
         moments = cls()
         moments.count, moments._mean, moments._scatter = math.inf, mean.double(), cov.double()
+        return moments
+
+    @classmethod
+    def known(cls, mean: Tensor, cov: Tensor, count: int) -> Moments:
+        """Moments [D], [D, D] that were taken elsewhere, of so many samples: more can be added."""
+        moments = cls()
+        moments.count, moments._mean, moments._scatter = count, mean.double(), cov.double() * (count - 1)
         return moments
 
     @property
@@ -199,6 +215,16 @@ def frechet_infinity(x: Tensor, reference: Moments | Tensor, seed: int, sizes: i
     return float(torch.linalg.lstsq(design, values).solution[1])
 
 
+def frechet_interval(x: Tensor, reference: Moments) -> float:
+    """Half the width of a 95 % interval of the Frechet distance of x [N, D]: Student's t over five disjoint blocks.
+
+    The blocks' own distances are biased upwards, all alike, so only their spread is used; a bootstrap would add to the
+    bias, since its duplicates make a sample smaller than it looks.
+    """
+    values = torch.tensor([frechet(Moments.of(part), reference) for part in x.tensor_split(5)])
+    return float(2.776 * values.std() / math.sqrt(5))  # t of 4 degrees of freedom, two-sided 95 %
+
+
 def kid(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 0) -> tuple[float, float]:
     """Kernel distance (Binkowski et al. 2018, 1801.01401): (mean, standard deviation) over random subsets.
 
@@ -260,6 +286,23 @@ def mmd2(x: Tensor, y: Tensor, bandwidth: float) -> float:
     return float(_mmd2(x, y, lambda a, b: (_distances(a, b).square() / (-2 * bandwidth**2)).exp()))
 
 
+def mmd2_biased(x: Tensor, y: Tensor, bandwidths: Sequence[float]) -> float:
+    """Biased squared MMD, pairs (i, i) included, with the sum of the kernels of `mmd2` (Gretton et al. 2012, eq. 5).
+
+    x, y: [N, D], [M, D]. Never negative; two exact samples give about (1 / N + 1 / M) (K - E k) with K kernels.
+    """
+    x, y = _pair(x, y)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        squares = _distances(a, b).square()
+        return torch.stack([(squares / (-2 * h**2)).exp() for h in bandwidths]).sum(0)
+
+    def within(z: Tensor) -> Tensor:  # the mean over i != j, and the diagonal, where the kernels are 1
+        return ((len(z) - 1) * _pair_mean(z, None, kernel) + len(bandwidths)) / len(z)
+
+    return float(within(x) + within(y) - 2 * _pair_mean(x, y, kernel))
+
+
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """2 E|x - y| - E|x - x'| - E|y - y'| over pairs of different samples (Szekely and Rizzo 2013). May be negative.
 
@@ -310,8 +353,13 @@ def _share_inside(x: Tensor, manifold: Tensor, k: int) -> float:
 def nearest_distance(x: Tensor, reference: Tensor) -> float:
     """Median over rows of x of the Euclidean distance to the nearest reference row; nothing is excluded, so a row
     that is itself in the reference counts as 0. x, reference: [N, D], [M, D] (pixels: flatten first)."""
+    return float(nearest_distances(x, reference).quantile(0.5))
+
+
+def nearest_distances(x: Tensor, reference: Tensor) -> Tensor:
+    """The same for each row of x: float64 [N]."""
     x, reference = _pair(x, reference)
-    return float(torch.cat([_distances(part, reference).amin(1) for part in _blocks(x)]).quantile(0.5))
+    return torch.cat([_distances(part, reference).amin(1) for part in _blocks(x)])
 
 
 def class_shares(labels: Tensor, n: int) -> Tensor:

@@ -242,6 +242,18 @@ def test_mmd2_and_energy_are_unbiased_over_several_blocks():
     assert metrics.mmd2(x, y, 0.5) == pytest.approx(float(within - 2 * kernel(x, y).mean()), abs=1e-12)
 
 
+def test_biased_mmd2_counts_the_diagonal_and_sums_its_kernels():
+    x, y, bandwidths = draw(700, 2), draw(600, 2, seed=1) + 0.3, (0.3, 1.0, 3.0)
+
+    def mean(a, b):
+        squares = (a[:, None] - b).square().sum(2)
+        return sum((-squares / (2 * h * h)).exp().mean() for h in bandwidths)
+
+    expected = float(mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert metrics.mmd2_biased(x, y, bandwidths) == pytest.approx(expected, abs=1e-12)
+    assert metrics.mmd2_biased(x, x.flip(0), bandwidths) == pytest.approx(0, abs=1e-12)
+
+
 def test_energy_distance_by_hand():
     x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0], [5.0]])
     # 2 * (3 + 5 + 2 + 4) / 4 - 1 - 2
