@@ -61,7 +61,8 @@ def digits_net() -> mlp.MLPDenoiser:
 def by_hand() -> Callable[[], None]:
     """BLOCK steps of flow matching on the digits, without a loop object."""
     net, source = digits_net(), Source(Digits("train"), 0)
-    slow = averages.slow_copy(net)
+    slow, parameters = averages.slow_copy(net), list(net.parameters())
+    follower = averages.Follower(slow, net)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
     position = 0
 
@@ -78,10 +79,10 @@ def by_hand() -> Callable[[], None]:
             pair = net((1 - tt) * x0 + tt * eps, t, {"label": label})
             loss = (pair.velocity - (eps - x0)).square().mean()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0, foreach=True)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            averages.update(slow, net, 0.995)
+            follower.update(0.995)
 
     return block
 

@@ -55,6 +55,7 @@ OPTIONAL = {
     "3d": {"trimesh": "trimesh", "scikit-image": "skimage.measure", "scipy": "scipy.spatial", "xatlas": "xatlas"},
     "data": {"pyarrow": "pyarrow.parquet"},
     "log": {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
+    "8bit": {"bitsandbytes": "bitsandbytes"},
     "bench": {"nvidia-ml-py": "pynvml"},
     "web": {"gradio": "gradio"},
 }

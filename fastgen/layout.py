@@ -32,3 +32,13 @@ def sumsq(x: Tensor) -> Tensor:
 def mean(x: Tensor) -> Tensor:
     """Mean over each sample's coordinates: [B, ...] -> [B]."""
     return x.flatten(1).mean(1)
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner product of each sample of x with that of y: [B, ...] -> [B]."""
+    return (x * y).flatten(1).sum(1)
+
+
+def finite(x: Tensor) -> Tensor:
+    """Which samples hold no NaN and no infinity: [B, ...] -> bool [B]."""
+    return x.isfinite().flatten(1).all(1)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fastgen import cli
+from fastgen.commands import signals
 
 LOOP = {"steps": 8, "batch": 8, "save_every": 2, "preview_every": 4, "log_every": 2}
 PAIRS = {"num": 48, "per_shard": 16, "steps": 2, "batch": 16}
@@ -62,10 +63,10 @@ def call(*words: str | Path) -> Ended:
     """`fastgen WORDS`, as the installed command would run it; what `main` does not catch is raised."""
     out, err, root = io.StringIO(), io.StringIO(), logging.getLogger()
     handlers, argv = root.handlers[:], sys.argv
-    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     root.handlers.clear()  # pytest's: with them in place `main` would not set up its own
     sys.argv = ["fastgen", *map(str, words)]
-    cli._received.clear()
+    signals._received.clear()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main()
@@ -74,7 +75,7 @@ def call(*words: str | Path) -> Ended:
         return Ended(int(end.code or 0), out.getvalue(), err.getvalue())
     finally:
         sys.argv, root.handlers[:] = argv, handlers
-        for number, handler in signals.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

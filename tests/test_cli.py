@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgen import cli, doctor
+from fastgen import doctor
+from fastgen.commands import runs, signals
 from fastgen.student import save_teacher
 from fastgen.teachers import mlp
 from tests.commands import IMAGES, POINTS, call, refused, tree_bytes, write_config
@@ -268,22 +269,22 @@ def test_a_fault_of_the_programs_own_is_not_hidden(monkeypatch):
 def test_signals_end_a_command_without_a_run_at_once():
     for number in (signal.SIGTERM, signal.SIGINT):
         with pytest.raises(SystemExit) as ended:
-            cli._end(number, None)
+            signals._end(number, None)
         assert ended.value.code == 128 + number
 
 
 def test_a_second_signal_ends_a_run_at_once(monkeypatch):
-    monkeypatch.setattr(cli, "_received", [])
-    cli._ask(signal.SIGTERM, None)
-    assert cli._received == [signal.SIGTERM]
+    monkeypatch.setattr(signals, "_received", [])
+    signals._ask(signal.SIGTERM, None)
+    assert signals._received == [signal.SIGTERM]
     with pytest.raises(SystemExit) as ended:
-        cli._ask(signal.SIGINT, None)
+        signals._ask(signal.SIGINT, None)
     assert ended.value.code == 130
 
 
 def test_quickstart_takes_any_folder_name(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(cli, "_run", lambda config, overrides, **options: asked.append(overrides) or 1 / 0)
+    monkeypatch.setattr(runs, "_run", lambda config, overrides, **options: asked.append(overrides) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("quickstart", "--out", "a: b #c")
     assert asked[0][0] == 'out="a: b #c"'

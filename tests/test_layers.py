@@ -21,6 +21,7 @@ APP = {
     "api",
     "bench",
     "cli",
+    "commands",
     "compare",
     "doctor",
     "evaluate",

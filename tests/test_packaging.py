@@ -205,7 +205,7 @@ def test_torchvision_and_what_needs_it_stay_out_of_the_safe_extras():
     assert {"torchvision", "clean-fid", "torch-fidelity", "hpsv2"}.isdisjoint(safe)
     parts = {"metrics", "3d", "data", "log", "bench", "web"}
     assert requirements(extras["all"])["fastgen-distill"].extras == parts
-    assert requirements(extras["all-cuda"])["fastgen-distill"].extras == {"all", "xformers", "fid"}
+    assert requirements(extras["all-cuda"])["fastgen-distill"].extras == {"all", "xformers", "fid", "8bit"}
 
 
 def test_the_pins_meet_every_lower_bound_of_what_the_tests_install():

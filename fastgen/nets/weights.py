@@ -55,8 +55,8 @@ def fill(net: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
     half = sorted({str(t.dtype) for t in tensors.values() if t.dtype in (torch.float16, torch.bfloat16)})
     if half:
         logger.warning("%s: %s weights, kept in float32 from here on", file, " and ".join(half))
-    # A network made on the meta device gets its memory here.
-    meta = any(tensor.is_meta for tensor in own.values())
+    # A network on the meta device gets its memory here; one that is given `files.shapes_only` goes there.
+    meta = any(tensor.is_meta for tensor in (*own.values(), *tensors.values()))
     net.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}, assign=meta)
 
 

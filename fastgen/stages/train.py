@@ -41,6 +41,7 @@ from fastgen.stages.inputs import as_seen, training_data
 from fastgen.student import Adapters, Student, save_teacher
 from fastgen.teacher import Teacher, facts_of, family
 from fastgen.trainers.engine.loop import Loop, LoopConfig, Rows
+from fastgen.trainers.engine.loop import check as check_loop
 from fastgen.trainers.engine.method import Method, find_method
 from fastgen.trainers.engine.monitors import left_band, sample_statistics
 
@@ -117,6 +118,7 @@ class Train(Stage):
             )
         self._distance("cpu", None)
         self._refuse_precision()
+        check_loop(self.loop, find_method(self.method.name))
         data = None if self.pairs in run.names else self._data(run)
         if self.net is not None and self.teacher is None and self.pairs is None and data is None:
             raise UserError(
@@ -128,9 +130,13 @@ class Train(Stage):
             same_shape(self.name, init=init if self.pairs else init._replace(shape=init.data_shape), **given)
 
     def work(self, run: Context, folder: Path) -> dict[str, Any]:
+        if self.init is not None:
+            from fastgen.plan import refuse_if_too_large  # which builds stages itself
+
+            refuse_if_too_large(self, run)
         teacher = run.open_teacher(self.teacher) if self.teacher else None
         data = self._data(run)
-        method = self._method_of(run, teacher, data)
+        method = self.build(run, teacher, data)
         student = method.student
         source = self._source(run, method, data if method.needs else None)
         loop = Loop(
@@ -160,7 +166,7 @@ class Train(Stage):
     def _data(self, run: Context) -> DataSet | None:
         return training_data(run) if self.pairs is None else PairShards(run.path(self.pairs))
 
-    def _method_of(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Method:
+    def build(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Method:
         """The method with its networks: trained whole, or as adapters on frozen weights that they share."""
         kind, lora, seed = find_method(self.method.name), self.student.lora, run.config.seed
         student = self._student(run, teacher, data)
@@ -226,12 +232,11 @@ class Train(Stage):
 
     def _refuse_precision(self) -> None:
         allowed = find_method(self.method.name).precisions
-        for key, value in (("teacher_precision", self.teacher_precision), ("loop.precision", self.loop.precision)):
-            if value not in allowed:
-                raise UserError(
-                    f"stage {self.name}: {key}={value}: method {self.method.name} differentiates its networks' inputs, "
-                    f"whose gradients {value} cannot hold; use {', '.join(allowed)}"
-                )
+        if self.teacher_precision not in allowed:
+            raise UserError(
+                f"stage {self.name}: teacher_precision={self.teacher_precision}: method {self.method.name} differentiates "
+                f"its networks' inputs, whose gradients it cannot hold; use {', '.join(allowed)}"
+            )
         if self.student.lora is not None and self.init is None:
             raise UserError(f"stage {self.name}: student.lora adapts trained weights; set init instead of net")
 

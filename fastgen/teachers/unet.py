@@ -207,6 +207,7 @@ def _check(config: Any, file: FilePath) -> None:
 def _cut(net: Any, channels: int) -> None:
     """Keep the first output channels only (improved DDPM's mean; 2102.09672), in the weights and in the config."""
     layer = nn.Conv2d(net.conv_out.in_channels, channels, kernel_size=3, padding=1)
-    layer.load_state_dict({name: tensor[:channels] for name, tensor in net.conv_out.state_dict().items()})
+    kept = {name: tensor[:channels].clone() for name, tensor in net.conv_out.state_dict().items()}
+    layer.load_state_dict(kept, assign=True)  # a network of shapes alone has nothing to copy
     net.conv_out = layer
     net.register_to_config(out_channels=channels)

@@ -147,7 +147,11 @@ def test_a_cached_run_needs_no_text_encoder(tmp_path, teachers, prompts):
             ["P"],
             r"teacher_precision=fp16: method sim differentiates its networks' inputs",
         ),
-        (sim().replace("batch: 4", "batch: 4, precision: fp16"), ["P"], r"loop\.precision=fp16: method sim"),
+        (
+            sim().replace("batch: 4", "batch: 4, precision: fp16"),
+            ["P"],
+            r"loop\.precision=fp16: sim is trained in fp32, bf16",
+        ),
         (sim(), ["P", "size=17"], r"size 17x17: the VAE works in steps of 2 pixels; nearest 16x16"),
         (sim(", caption_dropout: 2"), ["P"], r"caption_dropout"),
         (sim(", student: {lora: {rank: 2, targets: [to_qq]}}"), ["P"], r"to_qq"),

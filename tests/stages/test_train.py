@@ -307,7 +307,7 @@ def test_memory_that_does_not_suffice_is_told(tmp_path, config):
 
 
 def test_interrupted_within_a_training_and_within_pairs_resumes_to_the_same_bytes(made, tmp_path, config, monkeypatch):
-    from fastgen import cli
+    from fastgen.commands import signals
 
     for polls in (3, 11):  # the 3rd step of the teacher; the 2nd shard (8 steps, one pause between stages, 2 shards)
         out, asked = tmp_path / f"run-{polls}", []
@@ -320,7 +320,7 @@ def test_interrupted_within_a_training_and_within_pairs_resumes_to_the_same_byte
             __bool__ = lambda self: received()  # noqa: E731
 
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "_received", Received([15]))
+            patch.setattr(signals, "_received", Received([15]))
             patch.setattr(Received, "clear", lambda self: None)
             ended = call("distill", config, f"out={out}")
         assert ended.code == 143 and "continue with --resume" in ended.message

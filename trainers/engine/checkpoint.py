@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastgen import files
 from fastgen.errors import UserError
@@ -50,3 +52,25 @@ class Checkpoints:
         except Exception as error:  # torch raises half a dozen unrelated types for damaged files
             mend = f"delete {self.path(step)} to resume from the checkpoint before it"
             raise UserError(f"{path}: damaged ({type(error).__name__}); {mend}") from error
+
+
+@dataclass(frozen=True)
+class PartlyFrozen:
+    """A module, and the names of its tensors that a checkpoint leaves out because the run's inputs hold them."""
+
+    module: nn.Module
+    frozen: frozenset[str]
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds."""
+        return {key: value for key, value in self.module.state_dict().items() if key not in self.frozen}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Put a checkpoint's tensors back; one too many or too few is a RuntimeError that names it."""
+        base = {key: value for key, value in self.module.state_dict().items() if key in self.frozen}
+        self.module.load_state_dict(base | state)
+
+
+def frozen_names(network: nn.Module) -> frozenset[str]:
+    """Names of the parameters that do not ask for gradients, every name of one that has several."""
+    return frozenset(name for name, p in network.named_parameters(remove_duplicate=False) if not p.requires_grad)

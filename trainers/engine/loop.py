@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgen.config import Model
 from fastgen.errors import RunFailed, Stopped, UserError, suggestion
 from fastgen.trainers.engine import averages
-from fastgen.trainers.engine.averages import AverageConfig
-from fastgen.trainers.engine.checkpoint import Checkpoints
+from fastgen.trainers.engine.averages import AverageConfig, Follower
+from fastgen.trainers.engine.checkpoint import Checkpoints, PartlyFrozen, frozen_names
 from fastgen.trainers.engine.logs import Log
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
 from fastgen.trainers.engine.monitors import UpdateMonitor
 from fastgen.trainers.engine.optim import OptimConfig, Precision, ScheduleConfig, make_optimizer
+from fastgen.trainers.engine.optim import check as check_optim
 from fastgen.trainers.engine.parallel import Ranks
+
+REPLACED = 1e5  # in place of an infinite gradient: SiD's (2404.04057), times the sign
 
 
 class LoopConfig(Model):
@@ -36,6 +40,7 @@ class LoopConfig(Model):
     networks: dict[str, OptimConfig] = Field(default_factory=dict)  # instead of `optim`, for single networks by name
     schedule: ScheduleConfig = ScheduleConfig()
     clip: float | None = Field(default=1.0, gt=0)
+    replace_nan: bool = False  # in gradients: nan by 0, infinities by 1e5 and -1e5; `bad_limit` holds for these too
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: tuple[AverageConfig, ...] = ()  # evaluation averages of the student; the first one is exported
     save_every: int = Field(default=1000, ge=1)
@@ -47,6 +52,17 @@ class LoopConfig(Model):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
+def check(config: LoopConfig, method: type[Method]) -> None:
+    """Refuse what this method or this machine cannot do; nothing needs to be loaded for it."""
+    if config.precision not in method.precisions:
+        known = ", ".join(method.precisions)
+        raise UserError(f"loop.precision={config.precision}: {method.__module__.split('.')[-1]} is trained in {known}")
+    if config.replace_nan and config.precision == "fp16":
+        raise UserError("loop.replace_nan: fp16's loss scaling needs to see infinities; use precision=bf16 or fp32")
+    for optim in (config.optim, *config.networks.values()):
+        check_optim(optim)
+
+
 class Rows(Protocol):
     """Where data come from: named tensors for global row numbers, int64 [B]."""
 
@@ -55,6 +71,9 @@ class Rows(Protocol):
 
 class Loop:
     """Trains a method. State is two integers (step, drawn), weights, moments and averages: see `state`.
+
+    Of each network the parameters are trained that ask for gradients now. The others (the base under adapters) stay
+    frozen, are shared by slow copies, and are in no optimiser and no checkpoint.
 
     source     rows of data, or None for a method that needs none
     preview    called with the loop every `preview_every` steps; returns values to log
@@ -77,24 +96,29 @@ class Loop:
         self.method, self.source, self.config, self.out, self.seed = method, source, config, out, seed
         self.device, self.ranks = torch.device(device), ranks or Ranks()
         self.preview, self.interrupt = preview, interrupt
-        self.step = self.drawn = self.bad = 0
+        self.step = self.drawn = self.bad = self.replaced = 0
+        self.trained = {n: [p for p in net.parameters() if p.requires_grad] for n, net in method.networks.items()}
         self._check()
         for module in (*method.networks.values(), *method.frozen.values()):
             module.to(self.device)
         names = method.networks
-        self.optimizers = {n: make_optimizer(net, config.networks.get(n, config.optim)) for n, net in names.items()}
+        self._frozen = {name: frozen_names(net) for name, net in names.items()}
+        optim = {name: config.networks.get(name, config.optim) for name in names}
+        self.optimizers = {name: make_optimizer(self.trained[name], optim[name]) for name in names}
         self._base_lr = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
         self.slow = {name: averages.slow_copy(names[a.of]) for name, a in method.averages.items()}
         self.method.slow = self.slow
         self.ema = {a.name: averages.slow_copy(names["student"]) for a in config.ema}
+        self._followers = list(self._follow())
         self.precision = Precision(config.precision, self.device)
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep, config.keep_every)
         self.log = Log(out, config.steps, config.trackers, shown=self.ranks.main)
-        self.monitor = UpdateMonitor(names)
+        self.monitor = UpdateMonitor(self.trained)
         self._turn_of: tuple[str, ...] | None = None
 
     def _check(self) -> None:
         config, method = self.config, self.method
+        check(config, type(method))
         micro = config.micro or config.batch
         if config.batch % (micro * self.ranks.world):
             raise UserError(
@@ -103,6 +127,9 @@ class Loop:
         for name in config.networks:
             if name not in method.networks:
                 raise UserError(f"loop.networks.{name}: no such network ({suggestion(name, method.networks)})")
+        for name, parameters in self.trained.items():
+            if not parameters:
+                raise UserError(f"method {method.config.name}: every weight of '{name}' is frozen: nothing to train")
         if method.needs and self.source is None:
             raise UserError(f"method {method.config.name} reads {sorted(method.needs)} and was given no data")
         if self.source is not None:
@@ -175,7 +202,7 @@ class Loop:
             self._seed_dropout(zlib.crc32(f"{self.seed} {self.step} {int(batch.rows[0])}".encode()))
             with self.precision.autocast():
                 losses = turn.loss(batch)
-                for loss in _parts(losses):
+                for loss in parts_of(losses):
                     value, extra = loss if isinstance(loss, tuple) else (loss, {})
                     value = value / len(batches)
                     self.precision.scaler.scale(value).backward()
@@ -193,10 +220,12 @@ class Loop:
 
     def _apply(self, names: tuple[str, ...], loss: Tensor, measured: bool) -> dict[str, float]:
         """Step the optimisers of these networks if the loss and every gradient are finite, else skip the update."""
+        mended = [name for name in names if self._mend(name)]
         norms = {name: self._clip(name) for name in names}
         finite = bool(torch.isfinite(torch.stack([loss, *norms.values()])).all())
         good = not self.ranks.any(not finite)
         self.bad = 0 if good else self.bad + 1
+        self.replaced = self.replaced + 1 if mended else 0
         factor, logs = self.config.schedule.factor(self.step, self.config.steps), {}
         for name in names:
             optimizer, lr = self.optimizers[name], self._base_lr[name] * factor
@@ -209,17 +238,25 @@ class Loop:
             logs.update({f"grad_norm/{name}": float(norms[name]), f"lr/{name}": lr, **self.monitor.values(name)})
         if self.precision.scaler.is_enabled():
             self.precision.scaler.update()
-        if self.bad >= self.config.bad_limit:
+        if max(self.bad, self.replaced) >= self.config.bad_limit:
             raise RunFailed(self._not_finite(names))
         return logs
 
+    def _mend(self, name: str) -> bool:
+        """Average the network's gradients over ranks; whether some had to be replaced (`replace_nan`)."""
+        gradients = [p.grad for p in self.trained[name] if p.grad is not None]
+        self.ranks.mean_gradients(self.trained[name])
+        if not self.config.replace_nan or bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            return False
+        for gradient in gradients:
+            gradient.nan_to_num_(nan=0.0, posinf=REPLACED, neginf=-REPLACED)
+        return True
+
     def _clip(self, name: str) -> Tensor:
-        """The network's gradient norm before clipping, averaged over ranks and unscaled."""
-        parameters = [p for p in self.method.networks[name].parameters() if p.grad is not None]
-        self.ranks.mean_gradients(parameters)
+        """The network's gradient norm before clipping, unscaled."""
         if self.precision.scaler.is_enabled():
             self.precision.scaler.unscale_(self.optimizers[name])
-        return torch.nn.utils.clip_grad_norm_(parameters, self.config.clip or math.inf, foreach=True)
+        return torch.nn.utils.clip_grad_norm_(self.trained[name], self.config.clip or math.inf, foreach=True)
 
     def _not_finite(self, names: tuple[str, ...]) -> str:
         saved = self.checkpoints.steps()
@@ -229,23 +266,31 @@ class Loop:
             else "no checkpoint was saved yet"
         )
         return (
-            f"step {self.step}: loss or gradient of '{', '.join(names)}' was not finite {self.bad} time(s) in a row; "
-            f"{kept}; lower loop.optim.lr or set loop.clip"
+            f"step {self.step}: loss or gradient of '{', '.join(names)}' was not finite "
+            f"{max(self.bad, self.replaced)} time(s) in a row; {kept}; lower loop.optim.lr or set loop.clip"
         )
 
     def _give_turn(self, trains: tuple[str, ...]) -> None:
         """Train mode and gradients for the networks of this turn, eval mode and none for the others."""
         if trains != self._turn_of or not all(self.method.networks[name].training for name in trains):
             for name, network in self.method.networks.items():
-                network.train(name in trains).requires_grad_(name in trains)
+                network.train(name in trains)
+                for parameter in self.trained[name]:
+                    parameter.requires_grad_(name in trains)
             self._turn_of = trains
 
     def _average(self) -> None:
+        for follower, decay_at in self._followers:
+            follower.update(decay_at(self.step))
+
+    def _follow(self) -> Iterator[tuple[Follower, Callable[[int], float]]]:
+        """Every slow copy with the network it follows, and its decay by step."""
+        networks, batch = self.method.networks, self.config.batch
         for name, average in self.method.averages.items():
-            averages.update(self.slow[name], self.method.networks[average.of], average.decay_at(self.step))
+            yield Follower(self.slow[name], networks[average.of]), average.decay_at
         for config in self.config.ema:
-            decay = config.decay_at(self.step, self.config.batch)
-            averages.update(self.ema[config.name], self.method.networks["student"], decay)
+            follower = Follower(self.ema[config.name], networks["student"])
+            yield follower, functools.partial(config.decay_at, batch=batch)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs: noise is a function of (seed, rows), dropout of (seed, step, rows)."""
@@ -253,12 +298,20 @@ class Loop:
             "step": self.step,
             "drawn": self.drawn,
             "bad": self.bad,
+            "replaced": self.replaced,
             "seed": self.seed,
-            "networks": _states(self.method.networks),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "slow": _states(self.slow),
-            "ema": _states(self.ema),
             "scaler": self.precision.scaler.state_dict(),
+            **{kept: {name: m.state() for name, m in modules.items()} for kept, modules in self._modules().items()},
+        }
+
+    def _modules(self) -> dict[str, dict[str, PartlyFrozen]]:
+        """All that a checkpoint holds the tensors of; a slow copy is frozen where what it follows is."""
+        frozen, declared = self._frozen, self.method.averages
+        return {
+            "networks": {name: PartlyFrozen(net, frozen[name]) for name, net in self.method.networks.items()},
+            "slow": {name: PartlyFrozen(slow, frozen[declared[name].of]) for name, slow in self.slow.items()},
+            "ema": {name: PartlyFrozen(slow, frozen["student"]) for name, slow in self.ema.items()},
         }
 
     def save(self) -> None:
@@ -276,11 +329,11 @@ class Loop:
         if state["seed"] != self.seed:
             raise UserError(f"{self.out}: begun with seed {state['seed']}, resumed with {self.seed}; use the same seed")
         try:
-            for kept, modules in (("networks", self.method.networks), ("slow", self.slow), ("ema", self.ema)):
+            for kept, modules in self._modules().items():
                 if set(state[kept]) != set(modules):
                     raise KeyError(f"{kept} {sorted(state[kept])} became {sorted(modules)}")
                 for name, module in modules.items():
-                    module.load_state_dict(state[kept][name])
+                    module.load(state[kept][name])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -289,16 +342,13 @@ class Loop:
                 f"{self.out}: the checkpoint does not fit this config ({detail}); use another out="
             ) from error
         self.precision.scaler.load_state_dict(state["scaler"])
-        self.step, self.drawn, self.bad = state["step"], state["drawn"], state["bad"]
+        self.step, self.drawn = state["step"], state["drawn"]
+        self.bad, self.replaced = state["bad"], state["replaced"]
         self.log.rewind(self.step)
         return True
 
 
-def _states(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
-    return {name: module.state_dict() for name, module in modules.items()}
-
-
-def _parts(losses: Loss | Iterable[Loss]) -> Iterable[Loss]:
+def parts_of(losses: Loss | Iterable[Loss]) -> Iterable[Loss]:
     """A loss, or the parts of one as they are computed."""
     single = isinstance(losses, Tensor) or (
         isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], Mapping)

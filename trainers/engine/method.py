@@ -133,7 +133,9 @@ class Method:
     makes: ClassVar[Literal["teacher", "student"]] = "student"
     experimental: ClassVar[str] = ""  # what is still missing for the method to stand; empty: nothing
     preview_steps: ClassVar[int] = 1
-    copies: ClassVar[tuple[str, ...]] = ()  # networks that begin as the teacher; under LoRA they are handed in as adapters
+    copies: ClassVar[
+        tuple[str, ...]
+    ] = ()  # networks that begin as the teacher; under LoRA they are handed in as adapters
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")  # of the forward pass, that the loss stands
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +21,22 @@ BANDS = {
 
 
 class UpdateMonitor:
-    """The update-to-weight ratio |dw| / |w| of each network, and a stop for networks that do not move."""
+    """The update-to-weight ratio |dw| / |w| of what is trained of each network, and a stop for what does not move."""
 
-    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self.networks = networks
+    def __init__(self, trained: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        self.trained = trained
         self._ratio: dict[str, float] = {}
-        self._stuck = dict.fromkeys(networks, 0)
+        self._stuck = dict.fromkeys(trained, 0)
 
     @contextlib.contextmanager
     def measure(self, name: str, lr: float, step: int) -> Iterator[None]:
         """Wrap one optimiser step: copies the weights, so only every `log_every`-th update is measured."""
-        parameters = list(self.networks[name].parameters())
+        parameters = self.trained[name]
         before = [p.detach().clone() for p in parameters]
-        yield
-        moved = torch.stack(torch._foreach_norm(torch._foreach_sub(before, [p.detach() for p in parameters]))).norm()
         size = torch.stack(torch._foreach_norm(before)).norm()
+        yield
+        torch._foreach_sub_(before, [p.detach() for p in parameters])
+        moved = torch.stack(torch._foreach_norm(before)).norm()
         self._ratio[name] = float(moved / size.clamp_min(1e-12))
         self._stuck[name] = self._stuck[name] + 1 if self._ratio[name] == 0 and lr > 0 else 0
         if self._stuck[name] >= STUCK_LIMIT:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from fastgen.errors import UserError
-from fastgen.trainers.engine import averages
-from fastgen.trainers.engine.averages import AverageConfig, power_exponent
+from fastgen.trainers.engine.averages import AverageConfig, Follower, power_exponent
 from fastgen.trainers.engine.optim import ScheduleConfig
 
 
@@ -28,7 +27,7 @@ def run(config: AverageConfig, n: int, batch: int) -> float:
     slow.weight.zero_()
     for step in range(n):
         fast.weight.fill_(step + 1)
-        averages.update(slow, fast, config.decay_at(step, batch))
+        Follower(slow, fast).update(config.decay_at(step, batch))
     return float(slow.weight)
 
 
@@ -66,6 +65,6 @@ def test_width_of_a_power_average_is_bounded():
 def test_buffers_are_copied():
     slow, fast = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     fast(torch.randn(8, 2))
-    averages.update(slow, fast, 0.99)
+    Follower(slow, fast).update(0.99)
     assert torch.equal(slow.running_mean, fast.running_mean)
     assert slow.num_batches_tracked == 1

@@ -1,0 +1,101 @@
+"""generate, export: what students are for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastgen.errors import UserError
+
+logger = logging.getLogger("fastgen")
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A student or teacher: a folder, a .safetensors file or a hub id.")],
+    prompt: Annotated[str | None, typer.Argument(help="For models that read text.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: one image each.")] = None,
+    out: Annotated[Path, typer.Option(help="A .png (a grid if --num > 1) or a folder (one file per image).")] = Path(
+        "out.png"
+    ),
+    num: Annotated[
+        int | None, typer.Option(min=1, help="How many images (default: 1, or one for each prompt).")
+    ] = None,
+    label: Annotated[int | None, typer.Option(help="Class, for class-conditional models (default: no label).")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Network steps (default: the student's fewest).")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    size: Annotated[str | None, typer.Option(metavar="N|HxW", help="Pixels, for latent models.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance weight, for teachers.")] = None,
+    solver: Annotated[str | None, typer.Option(help="ODE solver, for teachers: see `fastgen list samplers`.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For a single file: a diffusers folder with configs and tokenizers.")
+    ] = None,
+    tiling: Annotated[
+        bool, typer.Option("--tiling", help="Decode in tiles: less memory, slightly other pixels.")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images made at once.")] = None,
+    device: Annotated[str, typer.Option()] = "auto",
+) -> None:
+    """Make images with a model."""
+    from fastgen import api, images
+    from fastgen.data.prompts import read_prompts
+    from fastgen.files import make_folder, write_atomic
+
+    grid = out.suffix.lower() == ".png" and not out.is_dir()
+    if out.suffix and not grid and not out.is_dir():
+        raise UserError(f"--out {out}: give a .png file or a folder")
+    if prompt is not None and prompts is not None:
+        raise UserError("a prompt and --prompts: give one of them")
+    texts = read_prompts(prompts) if prompts is not None else None if prompt is None else [prompt]
+    if texts is not None and len(texts) > 1:
+        texts = [texts[i % len(texts)] for i in range(num or len(texts))]
+    loaded = api.load(model, config=config, device=device)
+    if size is not None:
+        loaded.resize(*_sides(size))
+    loaded.refuse_no_pictures()
+    loaded.tile(tiling)
+    samples = loaded.sample(
+        num=num or len(texts or [0]),
+        prompts=texts,
+        label=label,
+        steps=steps,
+        seed=seed,
+        guidance=guidance,
+        solver=solver,
+        batch=batch,
+    )
+    if grid:
+        make_folder(out.parent)
+        write_atomic(out, images.grid_png(samples))
+    else:
+        make_folder(out)
+        for i, sample in enumerate(samples):
+            images.save_png(out / f"{i:05d}.png", sample)
+    logger.info("wrote %s", out)
+
+
+def _sides(size: str) -> tuple[int, int]:
+    """ "512" or "512x768" (height x width)."""
+    parts = size.lower().split("x")
+    if len(parts) not in (1, 2) or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--size {size}: a number of pixels, or HEIGHTxWIDTH as in 512x768")
+    return int(parts[0]), int(parts[-1])
+
+
+def export(
+    student: Annotated[Path, typer.Argument(help="A student folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to be made.")],
+    to: Annotated[str, typer.Option(help="diffusers (a whole pipeline), lora, or single-file.")],
+    keys: Annotated[str | None, typer.Option(help="Names in a LoRA file: kohya (default) or peft.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="Where the replay runs.")] = "auto",
+) -> None:
+    """Make a student's folder for stock diffusers, replay it there, and print how to run it in one line of Python."""
+    from fastgen.api import pick_device
+    from fastgen.samplers.export.make import export as make
+
+    made = make(student, to, out, keys=keys, dtype=dtype, device=pick_device(device))
+    logger.info("wrote %s; to run it:", made.folder)
+    print(made.line)
