@@ -46,7 +46,8 @@ def _space_explained(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if _out_of_space(error, path.parent):
-            raise RunFailed(f"{path}: no space left on the device; free some and run it again, a run with --resume") from error
+            mend = "free some and run it again, a run with --resume"
+            raise RunFailed(f"{path}: no space left on the device; {mend}") from error
         raise
 
 

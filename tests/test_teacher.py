@@ -189,7 +189,7 @@ def change(folder: FilePath, **entries: Any) -> None:
 def test_wrong_places_are_told_in_one_line(folder: FilePath, tmp_path: FilePath) -> None:
     with pytest.raises(UserError, match="no such folder"):
         read_denoiser(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="a file, and no .safetensors"):
+    with pytest.raises(UserError, match=r"a file, and no \.safetensors"):
         read_denoiser(folder / "fastgen.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a checkpoint that any family knows"):

@@ -231,11 +231,12 @@ class Train(Stage):
         return merged(load_lora(run.open_denoiser(self.init), adapters.tensors, adapters.settings)), adapters
 
     def _refuse_precision(self) -> None:
-        allowed = find_method(self.method.name).precisions
-        if self.teacher_precision not in allowed:
+        name, asked = self.method.name, self.teacher_precision
+        allowed = find_method(name).precisions
+        if asked not in allowed:
             raise UserError(
-                f"stage {self.name}: teacher_precision={self.teacher_precision}: method {self.method.name} differentiates "
-                f"its networks' inputs, whose gradients it cannot hold; use {', '.join(allowed)}"
+                f"stage {self.name}: teacher_precision={asked}: method {name} differentiates its networks' inputs, whose "
+                f"gradients {asked} cannot hold; use {', '.join(allowed)}"
             )
         if self.student.lora is not None and self.init is None:
             raise UserError(f"stage {self.name}: student.lora adapts trained weights; set init instead of net")
