@@ -235,8 +235,8 @@ class Train(Stage):
         allowed = find_method(name).precisions
         if asked not in allowed:
             raise UserError(
-                f"stage {self.name}: teacher_precision={asked}: method {name} differentiates its networks' inputs, whose "
-                f"gradients {asked} cannot hold; use {', '.join(allowed)}"
+                f"stage {self.name}: teacher_precision={asked}: method {name} differentiates its networks' inputs, "
+                f"whose gradients {asked} cannot hold; use {', '.join(allowed)}"
             )
         if self.student.lora is not None and self.init is None:
             raise UserError(f"stage {self.name}: student.lora adapts trained weights; set init instead of net")

@@ -67,37 +67,29 @@ def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.slow
 def test_a_stock_call_with_nothing_but_the_prompt_is_no_worse_than_the_one_step_teacher(tmp_path):
+    """The stock defaults, 50 steps and guidance 7.5, by the picture; one step as the card says, by the latents: to a
+    random VAE any two pictures are about equally different."""
     out = made(tmp_path)
     export(out / "student/model", "diffusers", tmp_path / "student")
     prompts = [f"a {name} wall" for name in COLOURS]
-    noise = "torch.Generator().manual_seed(0)"
     call = (
         "import torch; from diffusers import StableDiffusionPipeline as P; "
-        f"image = P.from_pretrained('student')(%r, generator={noise}, output_type='np'%s).images[0]"
+        "image = P.from_pretrained('student')(%r, generator=torch.Generator().manual_seed(0), %s).images[0]"
     )
-    lines = {
-        f"{i} {kind}": call % (prompt, more)
-        for i, prompt in enumerate(prompts)
-        for kind, more in (("default", ""), ("one", ", num_inference_steps=1, guidance_scale=1.0"))
-    }
+    options = {"default": "output_type='np'", "one": "num_inference_steps=1, guidance_scale=1.0, output_type='latent'"}
+    lines = {f"{i} {kind}": call % (p, more) for i, p in enumerate(prompts) for kind, more in options.items()}
     found = {name: torch.from_numpy(image) for name, image in stock(lines, tmp_path).items()}
 
     teacher = api.load_teacher(out / "teacher/model", device="cpu", guidance=2.0).model
     codec, z = teacher.denoiser.codec, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    figures: dict[str, list[float]] = {"default": [], "one": [], "teacher": []}
-    for i, prompt in enumerate(prompts):
-        cond = codec.encode_prompts([prompt])
-
-        def picture(steps: int, cond=cond) -> torch.Tensor:
-            with torch.inference_mode():
-                x0 = ode.solve(teacher, z, steps=steps, solver="euler" if steps == 1 else "dpm++", cond=cond)
-                return (codec.decode(x0)[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
-
-        many = picture(25)
-        figures["teacher"].append(rmse(picture(1), many))
-        for kind in ("default", "one"):
-            figures[kind].append(rmse(found[f"{i} {kind}"], many))
-    mean = {name: float(np.mean(values)) for name, values in figures.items()}
-    print(mean)
-    assert mean["default"] <= mean["teacher"]
-    assert mean["one"] <= 0.5 * mean["teacher"]
+    cond = codec.encode_prompts(prompts)
+    with torch.inference_mode():
+        many = ode.solve(teacher, z.expand(4, -1, -1, -1), steps=25, solver="dpm++", cond=cond)
+        once = ode.solve(teacher, z.expand(4, -1, -1, -1), steps=1, solver="euler", cond=cond)
+        pictures, blurred = ((codec.decode(x) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) for x in (many, once))
+    default = torch.stack([found[f"{i} default"] for i in range(4)])
+    one = torch.stack([found[f"{i} one"] for i in range(4)])
+    print(f"pictures: {rmse(default, pictures):.3f}, teacher at one step {rmse(blurred, pictures):.3f}")
+    print(f"latents: {rmse(one, many):.3f}, teacher at one step {rmse(once, many):.3f}")
+    assert rmse(default, pictures) <= rmse(blurred, pictures)
+    assert rmse(one, many) <= 0.5 * rmse(once, many)
