@@ -12,7 +12,6 @@ from PIL import Image
 from fastgen.listing import config_names
 from tests.commands import call
 
-
 # One whole and one LoRA run stand for all on Stable Diffusion: each imports and builds as much as ten others.
 SLOW = [name for name in config_names() if "/sd" in name and name not in ("sim/sd15", "reflow/sd15-24gb")]
 

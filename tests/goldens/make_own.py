@@ -1,4 +1,4 @@
-"""Make the small cases in `own/` (python tests/goldens/make_own.py) from formulas in float64 numpy.
+"""Make the small cases in `own/` (python -m tests.goldens.make_own) from formulas in float64 numpy.
 
 Nothing of fastgen is imported: the conventions are written out again, posteriors use full matrix inverses, flows a
 Runge-Kutta method of order 4. Directions and names are those of the kinds' own cases (reflow: t = 0 noise, t = 1 data).
@@ -328,7 +328,9 @@ def reflow(law: Law, random: np.random.Generator, results: dict[str, Any]) -> di
 
 
 def make() -> Iterator[Made]:
-    yield from (convert(), schedules(), reflow_gmm())
+    from tests.goldens.make_sim import sim_gauss
+
+    yield from (convert(), schedules(), reflow_gmm(), sim_gauss())
 
 
 def main() -> None:

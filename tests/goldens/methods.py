@@ -17,6 +17,7 @@ from fastgen.paths import VP, Pair, Path, Prediction, RectifiedFlow
 from fastgen.samplers.ode import solve, straightness, trajectory
 from fastgen.teachers.mixture import Mixture
 from tests.goldens.case import Case
+from tests.goldens.sim import sim_gauss as sim_gauss
 
 RF = RectifiedFlow()
 
