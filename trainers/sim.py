@@ -75,7 +75,6 @@ class Sim(Method):
         null_share: float = Field(default=0.1, ge=0, le=1)  # of a class-conditional student's rows, without a label
 
     copies = ("fake",)
-    copies = ("fake",)
     precisions = ("fp32", "bf16")  # gradients on the networks' inputs leave the range of fp16
 
     def __init__(self, *args: Any, fake: Denoiser | None = None, **options: Any) -> None:
