@@ -92,7 +92,7 @@ def test_full_size_networks_are_counted_without_their_weights(name, tmp_path, mo
 def measured(stage, run, out):
     """Bytes of a stage's tensors after one real step on the CPU, each storage once."""
     model = run.open_teacher(stage.teacher or "teacher")
-    method = stage._method_of(run, model if stage.teacher else None, model)
+    method = stage.build(run, model if stage.teacher else None, model)
     before = {id(t): t for m in (*method.frozen.values(), *method.networks.values()) for t in tensors(m)}
     rows = {
         "x0": torch.randn(stage.loop.batch, *method.student.shape),
@@ -184,6 +184,7 @@ def test_encoders_and_decoder_are_told_but_not_added_to_a_step(latents):
     assert larger.total == larger.resident + GIB + RESERVE
 
 
+@pytest.mark.slow
 def test_a_guided_teacher_for_prompts_is_planned_with_its_interval(latents):
     how = ("data={kind: prompts, path: examples}", *at("sim", "loop.batch=4"))
     plain = plan.plan(latents, "sim", how).footprint
@@ -208,6 +209,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(plan, "footprint", footprint)
 
 
+@pytest.mark.slow
 def test_remedies_come_in_order_up_to_the_first_that_fits(pixels, quick):
     none = plan.plan(pixels, "sim")
     assert (none.vram, none.fits, none.remedies, none.settings) == (None, None, [], None)

@@ -63,7 +63,7 @@ REFLOW = f"""
 """
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
 def test_reflow_and_sim_make_students_that_read_prompts(tmp_path, teachers, prompts, kind):
     out = run(tmp_path, teachers[kind], REFLOW + sim(), f"data.path={prompts}")
     before = dict(read_denoiser(teachers[kind])[0].named_parameters())
@@ -77,6 +77,9 @@ def test_reflow_and_sim_make_students_that_read_prompts(tmp_path, teachers, prom
     (shard, _) = sorted((out / "pairs/shards").glob("*.safetensors"))
     assert set(load_file(shard)) == {"x0", "row", "cond.prompt"}  # prompts by number: an embedding weighs more
     assert not (out / "sim/model/lora").exists()
+    # What an export is added to is told by `teacher`, where `init` is the same network.
+    facts = student.facts
+    assert facts["teacher_sha256"] == facts["init_sha256"]
 
 
 def test_lora_students_share_frozen_weights_and_are_written_merged_and_beside(tmp_path, teachers, prompts):

@@ -88,7 +88,7 @@ def test_a_distilled_student_is_no_start_unless_that_is_meant(made, tmp_path, co
     student = made / "small" / "reflow" / "model"
     for words in (["reflow/digits", f"teacher={student}"], [config, f"stages.reflow.init={student}"]):
         message = refused(tmp_path / "run", "distill", *words)
-        assert "is a distilled student, not a teacher; set init_distilled=true" in message
+        assert "is a distilled student, not a teacher; set stages.reflow.init_distilled=true" in message
     words = [f"stages.reflow.init={student}", "stages.reflow.init_distilled=true", f"out={tmp_path / 'run'}"]
     assert call("distill", config, *words).code == 0
 
