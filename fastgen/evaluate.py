@@ -73,7 +73,7 @@ def _evaluate(ask: Ask) -> list[Result]:
     if ask.model is None and ask.samples is None and ask.save_reference is None:
         raise UserError("evaluate: give a MODEL, or the images to measure as --samples")
     if ask.reference is None and (ask.clip is None or ask.save_reference is not None):
-        raise UserError("evaluate: give real images or their statistics as --reference, or a --preset")
+        raise UserError("evaluate: give real images or their statistics as --reference, a --preset, or --clip alone")
     device = api.pick_device(ask.device)
     prompts = _read_prompts(ask)
     if prompts is not None and ask.extractor is None:

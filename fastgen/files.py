@@ -67,7 +67,7 @@ def _explained(path: Path) -> Iterator[None]:
             yield
     except OSError as error:
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another out=FOLDER") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
         if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
             raise UserError(f"{path}: a file stands where a folder is needed, or a folder; move it away") from error
         raise

@@ -65,13 +65,17 @@ class Made:
         self.model, self.num, self.seed, self.options = model, num, seed, options
         self.prompts, self.labels, self.folder = prompts, labels, folder
         self.shape = tuple(model.image_shape)
+        self._record = self._told(maker)
         if folder is not None:
-            self._claim(folder, maker)
+            self._check(folder)
 
     def __len__(self) -> int:
         return self.num
 
     def batches(self, size: int) -> Iterator[Batch]:
+        if self.folder is not None and not (self.folder / RECORD).exists():
+            files.make_folder(self.folder)
+            files.write_json(self.folder / RECORD, self._record)
         for start in range(0, self.num, size):
             rows = torch.arange(start, min(start + size, self.num))
             prompts = None if self.prompts is None else [self.prompts[i % len(self.prompts)] for i in rows.tolist()]
@@ -108,27 +112,27 @@ class Made:
         assert self.folder is not None
         return self.folder / f"{row:06d}.png"
 
-    def _claim(self, folder: Path, maker: str) -> None:
-        """Mark the folder as this model's, or find that it is another's."""
+    def _told(self, maker: str) -> dict[str, Any]:
+        """What the images depend on."""
         words = None if self.prompts is None else hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()
-        told = {"model": maker, "seed": self.seed, "labels": self.labels, "prompts_sha256": words, **self.options}
+        return {"model": maker, "seed": self.seed, "labels": self.labels, "prompts_sha256": words, **self.options}
+
+    def _check(self, folder: Path) -> None:
+        """Find that the folder is another's; it is marked as this one's with the first images, not before."""
         record = folder / RECORD
         if record.exists():
-            known = files.read_json(record)
-            for key, value in told.items():
-                if known.get(key) != value:
+            known, told = files.read_json(record), self._record
+            for key in [*told, *(key for key in known if key not in told)]:  # an option left out is a change, too
+                if known.get(key) != told.get(key):
                     raise UserError(
-                        f"--samples {folder}: made with another {key} ({known.get(key)}, now {value}); choose another "
-                        f"folder, or leave the model out to measure what is there"
+                        f"--samples {folder}: made with another {key} ({known.get(key)}, now {told.get(key)}); choose "
+                        f"another folder, or leave the model out to measure what is there"
                     )
-            return
-        if folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(folder.iterdir()):
             raise UserError(
                 f"--samples {folder}: holds files of unknown making; choose another folder, or leave the model out to "
                 f"measure what is there"
             )
-        files.make_folder(folder)
-        files.write_json(record, told)
 
 
 class Found:

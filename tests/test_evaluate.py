@@ -139,6 +139,16 @@ def test_kept_samples_are_not_made_again(folder, tmp_path, monkeypatch):
     for change in ({"seed": 1}, {"steps": 1}, {"model": str(folder / "uncond")}):
         with pytest.raises(UserError, match=f"made with another {next(iter(change))}"):
             run(**{**fields, **change})
+    run(**{**fields, "samples": tmp_path / "said", "steps": 1})
+    with pytest.raises(UserError, match=r"made with another steps \(1, now None\)"):
+        run(**{**fields, "samples": tmp_path / "said"})
+
+
+def test_a_folder_of_samples_is_claimed_by_the_first_images_and_not_by_a_mistake(folder, tmp_path):
+    fields = {"model": str(folder / "student"), "samples": tmp_path / "kept"}
+    with pytest.raises(UserError, match="no such file or folder"):
+        run(**fields, reference="nowhere")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_folder_of_other_things_is_not_written_into(folder):
@@ -361,7 +371,7 @@ def test_a_preset_with_a_crop_brings_real_and_made_images_to_one_size(folder, tm
     ("words", "expected"),
     [
         ([], "give a MODEL, or the images to measure as --samples"),
-        (["{student}"], "give real images or their statistics as --reference, or a --preset"),
+        (["{student}"], "give real images or their statistics as --reference, a --preset, or --clip alone"),
         (["{student}", "--preset", "cifar"], "did you mean 'cifar10-50k'?"),
         (["--samples", "{real}", "--reference", "{other}", "--steps", "2"], "nothing is generated without a MODEL"),
         (["--samples", "{real}", "--reference", "{other}", "--num", "99"], "80 images, and --num 99"),

@@ -29,7 +29,7 @@ def evaluate(
     ] = None,
     extractor: Annotated[
         str | None,
-        typer.Option(help="classifier (default), inception, random-conv, pooled-pixels, or a classifier's file."),
+        typer.Option(help="classifier (default; inception with --prompts), random-conv, pooled-pixels, or a file."),
     ] = None,
     fid: Annotated[str | None, typer.Option(help="The Inception network, images resized by 'tf' or 'clean'.")] = None,
     weights: Annotated[

@@ -218,7 +218,10 @@ class PairShards:
         self._ends = np.cumsum([len(self.manifest.rows(i)) - len(lost[i]) for i in shards])
         self._open: dict[int, dict[str, Tensor]] = {}
         if not len(self):
-            raise UserError(f"{folder}: every row was rejected; look at the teacher, its guidance and solver")
+            raise UserError(
+                f"{folder}: every row was rejected: not finite, or beyond pairs.limit={self.manifest.limit:g}; look at "
+                "the teacher, its guidance and solver"
+            )
 
     def __len__(self) -> int:
         return int(self._ends[-1])

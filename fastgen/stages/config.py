@@ -80,6 +80,13 @@ class Run(Model):
             raise ValueError("a run needs at least one stage")
         return stages
 
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"[{interval[0]:g}, {interval[1]:g}] holds no noise level; give [LOW, HIGH], LOW < HIGH")
+        return interval
+
 
 class Block(Model):
     """Stages that are repeated: round i of stage `x` is named `x-i` (the first just `x`)."""

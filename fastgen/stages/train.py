@@ -114,7 +114,7 @@ class Train(Stage):
         if init is not None and init.kind == "student" and not self.init_distilled:
             raise UserError(
                 f"stage {self.name}: init={self.init} is a distilled student, not a teacher; "
-                "set init_distilled=true if that is meant"
+                f"set stages.{self.name}.init_distilled=true if that is meant"
             )
         self._distance("cpu", None)
         self._refuse_precision()
@@ -282,6 +282,7 @@ class Train(Stage):
         if teacher is not None:
             weight = getattr(self.method, "guidance", None)
             facts["guidance"] = run.config.guidance if weight is None else weight
+            facts["teacher_sha256"] = teacher.sha256
         if isinstance(data, PairShards):
             facts |= {"guidance": data.manifest.guidance, "teacher_sha256": data.manifest.teacher}
         return facts | {

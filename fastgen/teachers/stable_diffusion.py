@@ -54,7 +54,9 @@ class StableDiffusionDenoiser(Denoiser):
         return self.net.config.time_cond_proj_dim is not None  # guidance as an input: LCM and its kin
 
     @property
-    def usual_guidance(self) -> float:
+    def usual_guidance(self) -> float | None:
+        if self.distilled:
+            return None  # nor does the stock pipeline guide it
         return 5.0 if self.xl else 7.5
 
     @property
@@ -101,6 +103,7 @@ def read(folder: FilePath, data: dict[str, Any] | None) -> StableDiffusionDenois
     if data is None:
         _check_pipeline(folder)
     net = read_net(folder / "unet")
+    _check_text(folder, net.config)
     codec_of = lambda shape: StableDiffusionCodec(folder, shape) if (folder / "vae").is_dir() else None  # noqa: E731
     if data is not None:
         told = conventions(data)
@@ -115,6 +118,20 @@ def read(folder: FilePath, data: dict[str, Any] | None) -> StableDiffusionDenois
     if codec is None or not codec.reads_text:
         logger.warning("%s: no text encoder or no VAE here: prompts must be cached, latents stay latents", folder)
     return StableDiffusionDenoiser(net, codec=codec, shape=shape, **vars(convention))
+
+
+def _check_text(folder: FilePath, config: Any) -> None:
+    """Text encoders of another family than the network's are a UserError; none at all are not looked at here."""
+    parts = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
+    widths = [files.peek_json(folder / name / "config.json").get("hidden_size") for name in parts]
+    if not parts or not all(isinstance(width, int) for width in widths):
+        return  # the codec says what is wrong with them
+    wanted, two = config.cross_attention_dim, config.addition_embed_type == "text_time"
+    if two != (len(parts) == 2) or (isinstance(wanted, int) and wanted != sum(widths)):
+        raise UserError(
+            f"{folder}: the unet takes texts of width {wanted} from {1 + two} encoder(s), here {len(parts)} of width "
+            f"{sum(widths)}: parts of different families; put the unet's own text encoders there"
+        )
 
 
 def read_net(where: FilePath) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fastgen import files
+from fastgen import files, sources
 from fastgen.denoiser import Denoiser
 from fastgen.errors import RunFailed, UserError, suggestion
 from fastgen.samplers.export import check, folder, ldm, snippet
@@ -61,6 +61,8 @@ class Job:
         """What a LoRA is added to, and whose configs go with a single file, as far as the facts tell."""
         facts = self.student.facts
         other = facts.get("init") if facts.get("init_sha256") != facts.get("teacher_sha256") else None
+        if other == "teacher":  # the run's own word for it, no place
+            other = None
         return str(other or facts.get("base_model") or facts.get("teacher") or snippet.BASE)
 
     @property
@@ -122,6 +124,10 @@ def export(
             job.denoiser.codec.release()
         error = _replayed(job, ours, place, base, torch.device(device))
         files.write_atomic(place / "README.md", card(job.told(error)))
+    if kind != "diffusers" and not sources.exists(job.base):
+        logger.warning(
+            "base model %s: not found from here; put its folder or hub id into the line and the card", job.base
+        )
     return Exported(folder=job.out, line=job.snippet().line(str(job.out), job.base), error=error)
 
 

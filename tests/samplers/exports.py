@@ -127,7 +127,8 @@ def _student(folder: Path, teacher: Path, times: dict[int, Any], *, renoise: boo
             for parameter in denoiser.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
     spec = SamplerSpec(path=denoiser.path, times=times, renoise=renoise, init="unit")
-    facts = {"method": "reflow", "base_model": str(teacher), "license": "openrail", "metrics": {"fd": 1.25}}
+    facts = {"init": "teacher", "init_sha256": "0" * 64}  # the run's word for it, which is no place
+    facts |= {"method": "reflow", "base_model": str(teacher), "license": "openrail", "metrics": {"fd": 1.25}}
     place = folder / f"{teacher.name}-student"
     Student(denoiser, spec, facts, adapters).save(place)
     return place, teacher

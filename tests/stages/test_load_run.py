@@ -86,6 +86,7 @@ def test_overrides_reach_named_stages_blocks_and_what_lies_in_them(tmp_path):
         (["stages.rounds.stages.pairs.pairs.solver=hein"], "'pairs.solver': input should be 'euler', 'heun'"),
         (["loop.steps=3"], "'loop' belongs to a stage: stages.NAME.loop (NAME: imitate, rounds, after)"),
         (["sed=3"], "unknown key 'sed' (did you mean 'seed'?)"),
+        (["guidance_interval=[5,1]"], "'guidance_interval': [5, 1] holds no noise level"),
         (["stages=3"], "'stages': input should be a valid list"),
         (["stages=[3]"], "'stages.0': input should be a valid dictionary"),
         (["stages=[]"], "'stages': a run needs at least one stage"),

@@ -214,6 +214,7 @@ def test_an_already_distilled_checkpoint_is_no_start_unless_that_is_meant(tmp_pa
     distilled = UNet2DConditionModel.from_config({**net.config, "time_cond_proj_dim": 16})
     distilled.load_state_dict(net.state_dict(), strict=False)
     distilled.save_pretrained(teacher / "unet")
+    assert read_denoiser(teacher)[0].usual_guidance is None  # it is in the weights
     with pytest.raises(UserError, match=r"init=teacher is a distilled student.*init_distilled=true"):
         run(tmp_path, teacher, sim(), f"data.path={prompts}")
     run(tmp_path, teacher, sim(", init_distilled: true"), f"data.path={prompts}")

@@ -198,6 +198,15 @@ def test_what_is_wrong_with_a_folder_is_told_in_one_line(copied, change, told):
     assert "\n" not in str(caught.value) and str(copied) in str(caught.value)
 
 
+@pytest.mark.parametrize(("unet", "text"), [("eps", "xl"), ("xl", "eps")])
+def test_a_unet_and_text_encoders_of_different_families_are_refused(folders, tmp_path, unet, text):
+    mixed = shutil.copytree(folders[text], tmp_path / "mixed")
+    shutil.rmtree(mixed / "unet")
+    shutil.copytree(folders[unet] / "unet", mixed / "unet")
+    with pytest.raises(UserError, match="parts of different families"):
+        read_denoiser(mixed)
+
+
 def test_parts_that_are_broken_are_told_when_they_are_needed(copied):
     denoiser, _ = read_denoiser(copied)
     file = copied / "vae/diffusion_pytorch_model.safetensors"
