@@ -48,7 +48,8 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         if guidance is not None and not denoiser.has_null:
-            raise UserError(f"guidance={guidance}: this {denoiser.family} teacher has no null condition; leave it off")
+            why = "no text encoder for the empty prompt" if denoiser.codec is not None else "no null condition"
+            raise UserError(f"guidance={guidance}: this {denoiser.family} teacher has {why}; leave it off")
         self.denoiser, self.guidance, self.guidance_interval = denoiser, guidance, guidance_interval
         self._sha256 = sha256
         self.facts = facts or {}

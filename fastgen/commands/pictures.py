@@ -90,12 +90,15 @@ def export(
     to: Annotated[str, typer.Option(help="diffusers (a whole pipeline), lora, or single-file.")],
     keys: Annotated[str | None, typer.Option(help="Names in a LoRA file: kohya (default) or peft.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    base: Annotated[
+        str | None, typer.Option(help="The base model's folder or hub id, for the line of a LoRA or a single file.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the replay runs.")] = "auto",
 ) -> None:
     """Make a student's folder for stock diffusers, replay it there, and print how to run it in one line of Python."""
     from fastgen.api import pick_device
     from fastgen.samplers.export.make import export as make
 
-    made = make(student, to, out, keys=keys, dtype=dtype, device=pick_device(device))
+    made = make(student, to, out, keys=keys, dtype=dtype, base=base, device=pick_device(device))
     logger.info("wrote %s; to run it:", made.folder)
     print(made.line)

@@ -59,6 +59,8 @@ def read_prompts(path: str | Path) -> list[str]:
     PartiPrompts has them. Blank lines count nowhere.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a file of prompts; for images with captions set data.kind=captioned")
     kind = path.suffix.lower()
     if kind not in ENDINGS:
         raise UserError(f"{path}: prompts are read from {', '.join(ENDINGS)} files, not from '{path.suffix}'")

@@ -177,7 +177,7 @@ def write_shard(
         raise ValueError(f"shard {index} must account for every row of {manifest.rows(index)} once")
     kept = {"x0": x0[keep], **{name: value.detach().cpu()[keep] for name, value in tensors.items() if name != "x0"}}
     kept = {name: value.contiguous() for name, value in kept.items()}
-    facts = {"index": index, "manifest": config_hash(manifest), "payload": _payload(kept), "rejected": lost}
+    facts = {"index": index, "manifest": config_hash(manifest), "payload": payload(kept), "rejected": lost}
     # One metadata key: several would be written in an arbitrary order, and equal shards would have unequal sha256.
     data = save(kept, metadata={"fastgen": json.dumps(facts, sort_keys=True)})
     write_atomic(shard_path(folder, index), data)
@@ -254,7 +254,8 @@ class PairShards:
         return self._open[index]
 
 
-def _payload(tensors: dict[str, Tensor]) -> str:
+def payload(tensors: dict[str, Tensor]) -> str:
+    """sha256 of named tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + b"\0")
@@ -285,7 +286,7 @@ def _header(path: Path, manifest: Manifest, index: int) -> dict[str, Any]:
 def _verify(path: Path, manifest: Manifest, index: int) -> list[int]:
     """Hold every byte of a shard against its own checksum; the rejected rows."""
     facts = _header(path, manifest, index)
-    if _payload(load_tensors(path)) != facts["payload"]:
+    if payload(load_tensors(path)) != facts["payload"]:
         raise UserError(f"{path}: damaged (its content does not match its checksum); delete it, then {RESUME}")
     return facts["rejected"]
 

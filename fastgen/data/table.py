@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastgen import files
 from fastgen.config import config_hash
+from fastgen.data.shards import payload
 from fastgen.errors import Stopped, UserError
 
 MANIFEST = "manifest.json"
@@ -62,7 +63,7 @@ class Table:
             rows = range(shard * self.per_shard, min((shard + 1) * self.per_shard, self.total))
             parts = [work(rows[at : at + batch]) for at in range(0, len(rows), batch)]
             tensors = {name: torch.cat([part[name].cpu() for part in parts]).contiguous() for name in parts[0]}
-            files.write_atomic(self._file(shard), save(tensors))
+            files.write_atomic(self._file(shard), save(tensors, metadata={"sha256": payload(tensors)}))
 
     def get(self, rows: np.ndarray) -> dict[str, Tensor]:
         """The tensors [B, ...] of rows int64 [B]."""
@@ -99,7 +100,12 @@ class Table:
         if number not in self._open:
             file = self._file(number)
             try:
-                self._open[number] = safe_open(file, "pt")
+                opened = safe_open(file, "pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: missing or damaged ({error}); delete it and run again") from error
+            # Once for each shard of a run, which reads all of it anyhow.
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            if (opened.metadata() or {}).get("sha256") != payload(tensors):
+                raise UserError(f"{file}: damaged (its content is not what was written); delete it and run again")
+            self._open[number] = opened
         return self._open[number]

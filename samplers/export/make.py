@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,6 +47,7 @@ class Job:
     dtype: str
     entry: Replay
     pipeline: str
+    asked_base: str | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -58,7 +59,9 @@ class Job:
 
     @property
     def base(self) -> str:
-        """What a LoRA is added to, and whose configs go with a single file, as far as the facts tell."""
+        """What a LoRA is added to, and whose configs go with a single file: as asked, else as far as the facts tell."""
+        if self.asked_base is not None:
+            return self.asked_base
         facts = self.student.facts
         other = facts.get("init") if facts.get("init_sha256") != facts.get("teacher_sha256") else None
         if other == "teacher":  # the run's own word for it, no place
@@ -103,15 +106,19 @@ def export(
     *,
     keys: str | None = None,
     dtype: str = "fp32",
+    base: str | None = None,
     device: str = "cpu",
 ) -> Exported:
     """Make the folder `out` of a student folder: a whole diffusers pipeline, a LoRA file, or a single file.
 
     keys   of a LoRA file, "kohya" (default) or "peft"
+    base   the folder or hub id of the base model, for the line of a LoRA or a single file and its card
     dtype  "fp32", where images that differ by more than 2e-3 are RunFailed, or "fp16" / "bf16", whose error is told
     What the student or the layout does not allow is a UserError, before anything is written.
     """
-    job = _job(Student.load(student), str(student), kind, Path(out), keys, dtype)
+    if base is not None and kind == "diffusers":
+        raise UserError(f"--base {base}: a diffusers folder is whole; it goes with --to lora and --to single-file")
+    job = replace(_job(Student.load(student), str(student), kind, Path(out), keys, dtype), asked_base=base)
     job.denoiser.to(device).eval().requires_grad_(False)
     if job.denoiser.codec is not None:
         job.denoiser.codec.to(device)
@@ -126,7 +133,7 @@ def export(
         files.write_atomic(place / "README.md", card(job.told(error)))
     if kind != "diffusers" and not sources.exists(job.base):
         logger.warning(
-            "base model %s: not found from here; put its folder or hub id into the line and the card", job.base
+            "base model %s: not found from here; name its folder or hub id with --base, or mend the line", job.base
         )
     return Exported(folder=job.out, line=job.snippet().line(str(job.out), job.base), error=error)
 

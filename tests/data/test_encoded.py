@@ -161,6 +161,13 @@ def test_a_damaged_or_stale_table_is_refused_in_one_line(tmp_path):
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"rows-000000\.safetensors: missing or damaged .* delete it and run again"):
         Table(tmp_path, "t", {"a": 1}, 4, per_shard=4).get(np.array([0]))
+    file.unlink()
+    table.make(count([]))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"rows-000000\.safetensors: damaged \(its content is not what was written\)"):
+        Table(tmp_path, "t", {"a": 1}, 4, per_shard=4).get(np.array([0]))
     manifest = table.folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"a": 1', '"a": 2'))
     with pytest.raises(UserError, match="a stale cache: made with another a; delete the folder"):

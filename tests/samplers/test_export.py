@@ -101,6 +101,12 @@ def test_peft_keys_add_the_same(family, students, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_base_model_is_the_one_that_was_named(students, tmp_path):
+    made = export(students["sd2"], "lora", tmp_path / "out", base="owner/base")
+    assert "owner/base" in made.line and "owner/base" in (made.folder / "README.md").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_is_safe_at_any_guidance(family, students, tmp_path):
     """The pipelines' own default is 7.5 (XL: 5): switched off by the network's config, whatever it is."""
@@ -207,6 +213,7 @@ def test_pixel_students_without_fastgen(path, tmp_path):
         ("sd1", "diffusers", {"dtype": "fp8"}, "--dtype fp8"),
         ("sd1", "diffusers", {"keys": "peft"}, "--keys peft: names the tensors of --to lora"),
         ("sd2", "lora", {"keys": "a1111"}, "--keys a1111"),
+        ("sd1", "diffusers", {"base": "owner/base"}, "--base owner/base: a diffusers folder is whole"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(family, kind, options, message, students, tmp_path):
