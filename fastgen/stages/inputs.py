@@ -63,6 +63,6 @@ def as_seen(run: Context, data: DataSet, denoiser: Denoiser, *, images: bool) ->
 
 def _told(what: str) -> Callable[[int, int], None]:
     def advance(done: int, total: int) -> None:
-        logger.info("%s: part %d of %d", what, done, total)
+        logger.info("%s: part %d of %d", what, done + 1, total)
 
     return advance

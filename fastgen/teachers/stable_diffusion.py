@@ -123,7 +123,7 @@ def read(folder: FilePath, data: dict[str, Any] | None) -> StableDiffusionDenois
 def _check_text(folder: FilePath, config: Any) -> None:
     """Text encoders of another family than the network's are a UserError; none at all are not looked at here."""
     parts = [name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()]
-    widths = [files.peek_json(folder / name / "config.json").get("hidden_size") for name in parts]
+    widths: list[Any] = [files.peek_json(folder / name / "config.json").get("hidden_size") for name in parts]
     if not parts or not all(isinstance(width, int) for width in widths):
         return  # the codec says what is wrong with them
     wanted, two = config.cross_attention_dim, config.addition_embed_type == "text_time"

@@ -123,13 +123,13 @@ def export(
     if job.denoiser.codec is not None:
         job.denoiser.codec.to(device)
     files.make_folder(job.out.parent)
-    with files.atomic_folder(job.out) as place, _scratch(job.out) as base:
+    with files.atomic_folder(job.out) as place, _scratch(job.out) as original:
         ours = check.own_images(job.denoiser, job.student.sampler, folder.DTYPES[dtype])
-        _write(job, place, base)
+        _write(job, place, original)
         job.denoiser.to("meta")  # its weights are on the disk now, and the stock pipeline needs their memory
         if job.denoiser.codec is not None:
             job.denoiser.codec.release()
-        error = _replayed(job, ours, place, base, torch.device(device))
+        error = _replayed(job, ours, place, original, torch.device(device))
         files.write_atomic(place / "README.md", card(job.told(error)))
     if kind != "diffusers" and not sources.exists(job.base):
         logger.warning(
