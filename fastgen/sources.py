@@ -39,6 +39,7 @@ def locate(source: str | Path, *, config: str | Path | None = None) -> Path:
 
         return folder_of(str(source).removeprefix(ZOO), cache_folder())
     path = Path(source).expanduser()
+    files.is_complete(path)  # puts back a folder whose replacement was interrupted
     if path.is_dir():
         return path
     if path.is_file():

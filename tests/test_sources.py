@@ -131,3 +131,10 @@ def test_a_fetched_checkpoint_knows_its_name(tmp_path):
     folder = tmp_path / "models--owner--a-name/snapshots/0123"
     folder.mkdir(parents=True)
     assert sources.origin(folder) == {"base_model": "owner/a-name"}
+
+
+def test_a_folder_whose_replacement_was_interrupted_is_put_back(tmp_path):
+    old = tmp_path / ".tmp-old-student"
+    old.mkdir()
+    (old / "COMPLETE").touch()
+    assert sources.locate(tmp_path / "student") == tmp_path / "student" and not old.exists()

@@ -87,6 +87,10 @@ class Sim(Method):
             raise UserError(f"method sim: the numbers of classes differ: {told}")
         if config.guidance is not None and not truth.has_null:
             raise UserError(f"method.guidance={config.guidance}: the teacher has no null condition; leave it off")
+        if fake is not None and config.fake.init == "student":
+            raise UserError(
+                "method.fake.init=student: under student.lora the fake score adapts the teacher; leave it off"
+            )
         self.fake = FakeScore(config.fake, fake or make_fake(config.fake, self.teacher, self.student))
         self.networks["fake"] = self.fake.denoiser
         if truth.num_classes is None and truth.has_null:  # it reads text

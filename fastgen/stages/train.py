@@ -203,13 +203,16 @@ class Train(Stage):
             data = as_seen(run, data, student, images="x0" in method.needs)
         same_shape(self.name, student=student, teacher=method.teacher, **{"pairs" if self.pairs else "data": data})
         self._refuse_other_classes(student, data)
+        if self.caption_dropout and not isinstance(data, Encoded):
+            raise UserError(
+                f"stage {self.name}: caption_dropout drops captions of the data, and here are none "
+                "(pairs are made without by pairs.null_share)"
+            )
         if data is None:
             return None
         source = Source(data, run.config.seed)
-        if not self.caption_dropout:
+        if not isinstance(data, Encoded) or not self.caption_dropout:
             return source
-        if not isinstance(data, Encoded):
-            raise UserError(f"stage {self.name}: caption_dropout drops captions, and the data have none")
         logger.info("%s: %g %% of the rows are given the empty prompt", self.name, 100 * self.caption_dropout)
         return CaptionDropout(source, data.texts, self.caption_dropout)
 
@@ -238,6 +241,8 @@ class Train(Stage):
                 f"stage {self.name}: teacher_precision={asked}: method {name} differentiates its networks' inputs, "
                 f"whose gradients {asked} cannot hold; use {', '.join(allowed)}"
             )
+        if asked != "fp32" and self.teacher is None:
+            raise UserError(f"stage {self.name}: teacher_precision={asked}: this stage has no teacher; leave it off")
         if self.student.lora is not None and self.init is None:
             raise UserError(f"stage {self.name}: student.lora adapts trained weights; set init instead of net")
 

@@ -157,6 +157,17 @@ def test_a_cached_run_needs_no_text_encoder(tmp_path, teachers, prompts):
         ),
         (sim(), ["P", "size=17"], r"size 17x17: the VAE works in steps of 2 pixels; nearest 16x16"),
         (sim(", caption_dropout: 2"), ["P"], r"caption_dropout"),
+        (
+            REFLOW.replace("pairs: pairs", "pairs: pairs, caption_dropout: 0.5"),
+            ["P"],
+            r"of the data, and here are none",
+        ),
+        (REFLOW.replace("pairs: pairs", "pairs: pairs, teacher_precision: bf16"), ["P"], r"this stage has no teacher"),
+        (
+            sim(", student: {lora: {rank: 2}}").replace("name: sim}", "name: sim, fake: {init: student}}"),
+            ["P"],
+            r"method\.fake\.init=student: under student\.lora the fake score adapts the teacher",
+        ),
         (sim(", student: {lora: {rank: 2, targets: [to_qq]}}"), ["P"], r"to_qq"),
     ],
 )
