@@ -52,7 +52,7 @@ def image_protocol(
             runs["_null"] = {"label": torch.full((n,), classes)}
     for suffix, cond in runs.items():
         seen = _samples(judge, student, teacher, rows, seed, cond)
-        deterministic = not student.sampler.renoise
+        deterministic = student.sampler.keeps_noise
         checks = gate.common_checks(judge, seen["student"], seen["teacher"], seen["one"], deterministic=deterministic)
         if cond is not None and not suffix:
             checks |= gate.agreement_check(seen["student"], seen["teacher"], cond["label"])

@@ -101,10 +101,12 @@ class Generator:
 
         Models that read text need `prompts`: one for all, or num of them. Others take one label for all, or `labels`
         int64 [num]; neither means no label. steps defaults to the student's smallest count, or 25 for a teacher;
-        guidance and solver are for teachers. batch: samples made at once, default 64, of latent models 4.
+        guidance and solver are for teachers, guidance also for students whose network takes it. batch: samples made at
+        once, default 64, of latent models 4.
         """
         if isinstance(self.model, Student):
-            refused = [name for name, value in (("guidance", guidance), ("solver", solver)) if value is not None]
+            weight = None if self.model.sampler.guidance is not None else guidance
+            refused = [name for name, value in (("guidance", weight), ("solver", solver)) if value is not None]
             if refused:
                 raise UserError(f"{refused[0]}: this student has it built in; it takes num, label, steps and seed")
         denoiser = self.model.denoiser
@@ -120,7 +122,7 @@ class Generator:
         else:
             if prompts is not None:
                 raise UserError("a prompt: this model does not read text; it takes num, label, steps and seed")
-            if guidance is not None and (not denoiser.has_null or asked is None):
+            if guidance is not None and isinstance(self.model, Teacher) and (not denoiser.has_null or asked is None):
                 raise UserError(
                     f"guidance={guidance}: it needs a label, and a model that was trained without labels too"
                 )

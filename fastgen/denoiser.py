@@ -17,7 +17,21 @@ from fastgen.cond import Cond, repeat
 from fastgen.config import Model, explain
 from fastgen.errors import UserError
 from fastgen.layout import expand, wide
-from fastgen.paths import Pair, Path, Prediction, path_from_dict, path_to_dict
+from fastgen.nets.scalar import Scalar
+from fastgen.paths import EDM, Pair, Path, Prediction, path_from_dict, path_to_dict
+
+# What a student may be told beside its time: the way to the time it steps to, and the guidance weight.
+GAP, GUIDANCE = "gap", "guidance"
+
+
+GUIDANCE_SCALE = 0.1  # what SANA-Sprint's weights are multiplied by (2503.09641): a few become less than 1
+Levels = tuple[Tensor, Tensor]
+
+
+def rf_time(levels: Levels) -> Tensor:
+    """The rectified-flow time sigma / (alpha + sigma) of a level."""
+    alpha, sigma = levels
+    return sigma / (alpha + sigma)
 
 
 class Denoiser(nn.Module):
@@ -29,6 +43,11 @@ class Denoiser(nn.Module):
     num_classes       cond["label"] is 0 .. num_classes - 1, or num_classes for the null label; None: unconditional
     null_label        False for a class-conditional network that was never trained without a label
     codec             what stands before and behind a latent network; shared by copies, and no part of its weights
+    extra             embeddings of numbers that the network is told besides, added to that of its time: "gap", the
+                      difference of rectified-flow times t - r (two-time students), and "guidance", a weight that
+                      the network cannot take by itself. See `add_gap` and `add_guidance`
+
+    cond["guidance"], float [B], is the guidance weight of a network that takes it as an input (1: the condition alone).
 
     A family of networks is a subclass (a file of `fastgen.teachers`) that says how to call, write and read its net.
     """
@@ -53,19 +72,34 @@ class Denoiser(nn.Module):
             raise ValueError("an eps prediction says nothing of x0 where alpha is 0: zero-terminal-SNR needs v or x0")
         if prediction.kind == "trig" and prediction.sd != getattr(path, "sd", prediction.sd):
             raise ValueError(f"a trig prediction with sd {prediction.sd} on {path}: the two must be the same")
+        if prediction.kind == "cm" and not isinstance(path, EDM):
+            raise ValueError(f"a cm prediction on {path}: its boundary is one of EDM levels")
         self.net, self.path, self.prediction = net, path, prediction
         self.shape, self.num_classes, self.null_label = tuple(shape), num_classes, null_label
         self.time_scale, self.log_time = time_scale, log_time
         self.codec = codec
+        self.extra = nn.ModuleDict()
 
-    def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
-        """The bare network: scaled input [B, ...], its time argument [B] (and a second one) to its output [B, ...]."""
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, extra: Tensor | None) -> Tensor:
+        """The bare network: scaled input [B, ...], its time argument [B], and what is to be added to the embedding of
+        that time, [B, `embedding_width`] or None, to its output [B, ...]."""
         raise NotImplementedError
+
+    @property
+    def embedding_width(self) -> int:
+        """Size of the embedding of the time, to which `extra` is added."""
+        raise UserError(f"this {self.family} network has no place for a second number beside its time")
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The network's blocks in order, whose outputs are its features: [B, C, H, W], [B, tokens, C] or [B, C]."""
+        raise UserError(f"this {self.family} network has no blocks whose features could be looked at")
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Cond = None, *, on: Path | None = None, r: Tensor | None = None
     ) -> Pair:
-        """The pair at x [B, ...] and t [B] of the path `on` (None: its own); r is a second time, for two-time networks.
+        """The pair at x [B, ...] and t [B] of the path `on` (None: its own); r [B] is the time a two-time network steps
+        to (None: t itself, where its average velocity is the velocity), and a ValueError for any other.
 
         The pair has the dtype of x, float32 at least; so have times. A level beyond the network's last one is evaluated
         at the last one; then above it x0 is kept and eps re-derived from x, below it eps is kept and x0 re-derived, so
@@ -74,25 +108,35 @@ class Denoiser(nn.Module):
         there = on or self.path
         t, r = wide(t), None if r is None else wide(r)
         levels = there.levels(t)
+        to = levels if r is None else there.levels(r)
         if there == self.path:
-            pair, _ = self._pair(x, t, levels, cond, r)
+            pair, _ = self._pair(x, t, levels, to, cond)
             return pair
         own_t = self.path.time(*levels)
         own = self.path.levels(own_t)
-        own_r = None if r is None else self.path.time(*there.levels(r))
+        own_to = own if r is None else self.path.levels(self.path.time(*to))
         ratio = torch.hypot(*own) / torch.hypot(*levels)
-        pair, x_own = self._pair(x * expand(ratio, x).to(x.dtype), own_t, own, cond, own_r)
+        pair, x_own = self._pair(x * expand(ratio, x).to(x.dtype), own_t, own, own_to, cond)
         return self._close(pair, x.to(x_own.dtype), own_t, levels)
 
-    def _pair(
-        self, x: Tensor, t: Tensor, levels: tuple[Tensor, Tensor], cond: Cond, r: Tensor | None
-    ) -> tuple[Pair, Tensor]:
+    def _pair(self, x: Tensor, t: Tensor, levels: Levels, to: Levels, cond: Cond) -> tuple[Pair, Tensor]:
         scale = self.prediction.input_scale(*levels)
         scaled = x if scale is None else x * expand(scale, x).to(x.dtype)
-        y = self.raw(scaled, self.time_input(t), cond, None if r is None else self.time_input(r))
+        y = self.raw(scaled, self.time_input(t), cond, self._extra(levels, to, cond))
         # Targets are solved for in float32 at least: half precision loses the small alphas of VP's noisy end.
         x = wide(x)
         return self.prediction.to_pair(y.to(x.dtype), x, *levels), x
+
+    def _extra(self, levels: Levels, to: Levels, cond: Cond) -> Tensor | None:
+        """The sum of the embeddings in `extra`, [B, embedding_width]; None where there are none."""
+        if GAP not in self.extra and to is not levels:
+            raise ValueError("this network takes one time; it cannot be told the time it steps to")
+        told = []
+        if GAP in self.extra:
+            told.append(self.extra[GAP](rf_time(levels) - rf_time(to)))
+        if GUIDANCE in self.extra and cond is not None and GUIDANCE in cond:
+            told.append(self.extra[GUIDANCE](GUIDANCE_SCALE * cond[GUIDANCE]))
+        return sum(told[1:], told[0]) if told else None
 
     def _close(self, pair: Pair, x: Tensor, own_t: Tensor, levels: tuple[Tensor, Tensor]) -> Pair:
         alpha, sigma = levels
@@ -109,6 +153,28 @@ class Denoiser(nn.Module):
     def on(self, path: Path) -> View:
         """The same denoiser, called with x and t of another path."""
         return View(self, path)
+
+    def add_gap(self) -> None:
+        """Let the network be told the time it steps to; it answers as before until that is trained."""
+        self._add(GAP)
+
+    def add_guidance(self) -> None:
+        """Let the network take a guidance weight as cond["guidance"]; it answers as before until that is trained."""
+        self._add(GUIDANCE)
+
+    def _add(self, name: str) -> None:
+        if name not in self.extra:
+            self.extra[name] = Scalar(self.embedding_width).to(self.device)
+
+    @property
+    def two_time(self) -> bool:
+        """Whether the network is told the time it steps to."""
+        return GAP in self.extra
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether cond["guidance"] reaches the network."""
+        return GUIDANCE in self.extra
 
     @property
     def distilled(self) -> bool:
@@ -142,7 +208,7 @@ class Denoiser(nn.Module):
         """Labels int64 [n] of a condition, null labels where there is none; None for an unconditional network."""
         if self.num_classes is None:
             return None
-        cond = cond if cond is not None else repeat(self.null, n)
+        cond = cond if cond is not None and "label" in cond else repeat(self.null, n)
         if cond is None:
             raise ValueError(f"this network needs a label, 0 .. {self.num_classes - 1}: it has no null label")
         return cond["label"]
@@ -164,6 +230,7 @@ class Denoiser(nn.Module):
             "shape": list(self.shape),
             "num_classes": self.num_classes,
             "null_label": self.null_label,
+            "extra": list(self.extra),
         }
 
     def write(self, folder: FilePath) -> None:

@@ -1,8 +1,12 @@
 """The one way to a directional derivative of a network: d/dh fn(x + h v, t + h u) at h = 0.
 
 Of the attention kernels only the plain one has a forward-mode rule, and half precision drowns the tangent: hence the
-MATH kernel on every device, float32, outside autocast. The tangent carries no gradient: methods use it as a target and
-run the network a second time for the gradient (two passes), which gradient checkpointing allows too.
+MATH kernel on every device, float32, outside autocast. The tangent carries no gradient: methods use it as a target.
+
+    two_pass     the tangent by forward-mode differentiation without gradients, then the network once more as it is
+                 trained (autocast, gradient checkpointing, any attention kernel)
+    single_pass  one forward-mode pass whose value keeps its gradient: less time, more memory, no checkpointing
+    finite       a central difference, for networks with operations that have no forward-mode rule; then as two_pass
 """
 
 from __future__ import annotations
@@ -11,44 +15,51 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastgen.config import Model
 from fastgen.errors import RunFailed
 
-Route = Literal["forward", "finite"]
-STEP = 1e-3  # of the central difference in float32: its error is O(h^2) plus round-off over h
+
+class JvpConfig(Model):
+    """route: see the module. step: h of `finite`, whose error is O(h^2) plus round-off over h."""
+
+    route: Literal["two_pass", "single_pass", "finite"] = "two_pass"
+    step: float = Field(default=1e-3, gt=0)
 
 
-def jvp(
-    fn: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], *, route: Route = "forward"
+def value_and_tangent(
+    fn: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], config: JvpConfig
 ) -> tuple[Tensor, Tensor]:
-    """fn(*primals) and its derivative along `tangents`, both [B, ...] without gradient.
+    """fn(*primals) with its gradient, and its derivative along `tangents` without one, both [B, ...].
 
-    route  "forward": forward-mode differentiation; "finite": a central difference, for networks with operations that
-           have no forward-mode rule (two more evaluations, error about 1e-3 relative in float32)
-    A tangent that is not finite is a RunFailed. Dropout draws the same masks in every evaluation of one call.
+    Dropout draws the same masks in every evaluation of one call. A tangent that is not finite is a RunFailed.
     """
     device = primals[0].device.type
     wide = tuple(p if p.dtype == torch.float64 else p.float() for p in primals)
     along = tuple(v.to(p.dtype) for v, p in zip(tangents, wide, strict=True))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
-        if route == "forward":
-            value, tangent = torch.func.jvp(fn, wide, along)[:2]
+    state = torch.random.get_rng_state()
+    single = config.route == "single_pass"
+    with torch.set_grad_enabled(single), sdpa_kernel(SDPBackend.MATH), torch.autocast(device, enabled=False):
+        if config.route == "finite":
+            tangent = _central(fn, wide, along, config.step, state)
         else:
-            value, tangent = _central(fn, wide, along)
+            value, tangent = torch.func.jvp(fn, wide, along)[:2]
     if not torch.isfinite(tangent).all():
         raise RunFailed("the directional derivative of the network is not finite; see whether its output or inputs are")
-    return value, tangent
+    if not single:
+        torch.random.set_rng_state(state)
+        value = fn(*primals)
+    return value, tangent.detach()
 
 
 def _central(
-    fn: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
-    state = torch.random.get_rng_state()
-
+    fn: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], h: float, state: Tensor
+) -> Tensor:
     def at(h: float) -> Tensor:
         torch.random.set_rng_state(state)
         return fn(*(p + h * v for p, v in zip(primals, tangents, strict=True)))
 
-    return at(0.0), (at(STEP) - at(-STEP)) / (2 * STEP)
+    return (at(h) - at(-h)) / (2 * h)

@@ -245,7 +245,7 @@ def carry(x: Tensor, t: Tensor, here: Path, there: Path) -> tuple[Tensor, Tensor
     return x * expand(ratio, x).to(x.dtype), t_there
 
 
-Kind = Literal["eps", "x0", "v", "flow", "trig", "edm"]
+Kind = Literal["eps", "x0", "v", "flow", "trig", "edm", "cm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +259,7 @@ class Prediction:
     flow  (1 - sigma_min) eps - x0            rectified flow             nowhere
     trig  cos(t) eps - sin(t) x0 / sd         TrigFlow of the same sd    nowhere
     edm   raw output of EDM's preconditioner  EDM (2206.00364, table 1)  nowhere
+    cm    the same, but x0 = x at sigma_min   EDM (2303.01469, app. C)   sigma -> sigma_min
     """
 
     kind: Kind
@@ -286,13 +287,27 @@ class Prediction:
             case "edm":
                 norm = torch.hypot(sigma, self.sd * one)
                 return sigma / (self.sd * norm), -self.sd / norm
+            case "cm":
+                skip, out = self._boundary(sigma)
+                return (1 - skip) / out, -skip * sigma / out
+
+    def _boundary(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out of a consistency model, x0 = c_skip x + c_out y: 1 and 0 at sigma_min."""
+        above = sigma - self.sigma_min
+        return self.sd**2 / (above**2 + self.sd**2), self.sd * above / torch.hypot(
+            sigma, self.sd * torch.ones_like(sigma)
+        )
 
     def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
         """What x is multiplied by before it enters the network: EDM's c_in, else nothing."""
-        return 1 / torch.hypot(sigma, self.sd * torch.ones_like(sigma)) if self.kind == "edm" else None
+        return 1 / torch.hypot(sigma, self.sd * torch.ones_like(sigma)) if self.kind in ("edm", "cm") else None
 
     def to_pair(self, y: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Pair:
         """Solve y = a1 x0 + q1 eps, x = alpha x0 + sigma eps for the pair; y, x [B, ...], levels [B]."""
+        if self.kind == "cm":  # whose coefficients are infinite at sigma_min, where x0 = x
+            skip, out = (expand(c, x) for c in self._boundary(sigma))
+            x0 = skip * x + out * y
+            return Pair(x0, (x - x0) / expand(sigma, x))
         a1, q1 = self.coefficients(alpha, sigma)
         w = alpha * q1 - a1 * sigma
         xs = [expand(c / w, x) for c in (q1, sigma, alpha, a1)]

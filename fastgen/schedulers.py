@@ -169,6 +169,10 @@ def write_scheduler(convention: Any, folder: FilePath) -> str:
             prediction.kind == "flow" and scale == int(scale) and not convention.log_time
         ):
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=int(scale))
+        case EDM() if prediction.kind == "cm" and scale == 1000 and convention.log_time:
+            scheduler = diffusers.CMStochasticIterativeScheduler(
+                sigma_min=path.end, sigma_max=path.start, sigma_data=prediction.sd, rho=path.rho, clip_denoised=False
+            )
         case EDM() if prediction.kind == "edm" and scale == 1 and convention.log_time:
             scheduler = diffusers.EDMEulerScheduler(
                 sigma_min=path.end,

@@ -15,7 +15,7 @@ from fastgen import files
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.paths import Path, path_from_dict, path_to_dict
-from fastgen.teacher import FACTS, FORMAT, damage_explained, read_denoiser
+from fastgen.teacher import EXTRA, FACTS, FORMAT, damage_explained, read_denoiser
 
 LORA, ADAPTERS, SETTINGS = "lora", "adapters.safetensors", "settings.json"
 
@@ -28,6 +28,8 @@ class SamplerSpec:
     times     {n: the n times at which an n-step student is evaluated}, falling; the last step ends on clean data
     renoise   fresh noise between steps (consistency models) instead of the network's own eps (flows, DDIM)
     two_time  the network is also told the time it steps to (MeanFlow)
+    guidance  the usual weight of a network that takes it as an input (`Denoiser.takes_guidance`)
+    follows   whether one step takes a noise to where the teacher's ODE takes it; None: unless it renoises
     init      the first state is z times sigma at the first time ("sigma"), or times hypot(alpha, sigma) ("unit"),
               which is what DDIM and LCM schedulers feed
     """
@@ -36,6 +38,8 @@ class SamplerSpec:
     times: dict[int, tuple[float, ...]] = field(hash=False)
     renoise: bool = False
     two_time: bool = False
+    guidance: float | None = None
+    follows: bool | None = None
     init: Literal["sigma", "unit"] = "sigma"
 
     def __post_init__(self) -> None:
@@ -50,6 +54,11 @@ class SamplerSpec:
         if self.init not in ("sigma", "unit"):
             raise ValueError(f"init={self.init!r}; known: sigma, unit")
 
+    @property
+    def keeps_noise(self) -> bool:
+        """Whether a sample is bound to its noise as the teacher's is, so that the two can be compared one by one."""
+        return not self.renoise if self.follows is None else self.follows
+
     def at(self, steps: int) -> tuple[float, ...]:
         """The times of an n-step run; a count outside the student's list is a UserError naming those inside."""
         if steps not in self.times:
@@ -63,6 +72,8 @@ class SamplerSpec:
             "times": {str(n): list(times) for n, times in self.times.items()},
             "renoise": self.renoise,
             "two_time": self.two_time,
+            "guidance": self.guidance,
+            "follows": self.follows,
             "init": self.init,
         }
 
@@ -129,6 +140,9 @@ def save_teacher(denoiser: Denoiser, folder: str | FilePath, facts: dict[str, An
 def write_model(folder: FilePath, denoiser: Denoiser, data: dict[str, Any]) -> None:
     """The network's files and `fastgen.json`."""
     denoiser.write(folder)
+    if denoiser.extra:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in denoiser.extra.state_dict().items()}
+        save_file(tensors, folder / EXTRA)
     files.write_json(folder / FACTS, {"format": FORMAT, **data, "denoiser": denoiser.describe()})
 
 

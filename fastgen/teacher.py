@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from fastgen import cond as conditions
 from fastgen.cond import Cond
-from fastgen.denoiser import Denoiser, View
+from fastgen.denoiser import GAP, GUIDANCE, Denoiser, View
 from fastgen.errors import UserError, suggestion
 from fastgen.files import is_complete, peek_json, read_json
 from fastgen.layout import wide
+from fastgen.nets.weights import load_weights
 from fastgen.paths import Pair, Path
 from fastgen.sources import locate, origin
 
 FACTS = "fastgen.json"
+EXTRA = "extra.safetensors"  # weights of `Denoiser.extra`, beside the network's own files
 FORMAT = 1  # of that file; raised when an older fastgen could no longer read it
 
 
@@ -153,7 +155,12 @@ def _read_own(folder: FilePath, complete: bool) -> tuple[Denoiser, dict[str, Any
     if not complete:
         raise UserError(f"{folder}: not complete (no COMPLETE file); make it again")
     with damage_explained(folder / FACTS):
-        return family(facts["denoiser"]["family"]).read(folder, facts["denoiser"]), facts
+        denoiser = family(facts["denoiser"]["family"]).read(folder, facts["denoiser"])
+        for name in facts["denoiser"].get("extra", []):
+            {GAP: denoiser.add_gap, GUIDANCE: denoiser.add_guidance}[name]()
+    if denoiser.extra:
+        load_weights(denoiser.extra, folder / EXTRA)
+    return denoiser, facts
 
 
 @contextmanager

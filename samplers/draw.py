@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgen import cond as conditions
 from fastgen import noise
 from fastgen.cond import Cond
+from fastgen.denoiser import GUIDANCE
 from fastgen.errors import UserError
 from fastgen.samplers import few_step, ode
 from fastgen.student import Student
@@ -32,7 +33,8 @@ def draw(
 ) -> Tensor:
     """Samples number `rows` int64 [N] of a student, or of a teacher by an ODE solver (default heun): float32 [N, ...].
 
-    Teacher and student see the same noise for equal seed and row. A student has neither solver nor guidance to choose.
+    Teacher and student see the same noise for equal seed and row. A student has no solver to choose, and guidance only
+    where its network takes it as an input (`SamplerSpec.guidance`).
     """
     return torch.cat(list(_batches(model, rows, seed, steps, cond, solver, guidance, batch)))
 
@@ -55,11 +57,21 @@ def _batches(
         if isinstance(model, Teacher):
             x0 = ode.solve(model, z, steps=steps, solver=solver or "heun", cond=chosen, guidance=guidance)
         else:
-            if solver or guidance is not None:
-                raise UserError("a student has its solver and its guidance built in; leave out solver and guidance")
+            if solver:
+                raise UserError("a student has its solver built in; leave out solver")
+            chosen = _weighted(model, chosen, guidance, len(part), device)
             fresh = partial(_fresh, seed, part, model.denoiser.shape)
             x0 = few_step.sample(model.denoiser, model.sampler, z, steps, chosen, renoise=fresh)
         yield x0.float().cpu()
+
+
+def _weighted(model: Student, cond: Cond, guidance: float | None, n: int, device: torch.device) -> Cond:
+    """The condition with a guidance weight that the student's network takes."""
+    if guidance is None:
+        return cond
+    if model.sampler.guidance is None:
+        raise UserError("this student has its guidance built in; leave out guidance")
+    return {**(cond or {}), GUIDANCE: torch.full((n,), guidance, device=device)}
 
 
 def _fresh(seed: int, rows: Tensor, shape: tuple[int, ...], i: int) -> Tensor:

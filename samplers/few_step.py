@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgen.cond import Cond
-from fastgen.denoiser import Denoiser
+from fastgen.denoiser import GUIDANCE, Denoiser
 from fastgen.paths import Pair
 from fastgen.student import SamplerSpec
 
@@ -32,12 +32,15 @@ def sample(
     """x0 [B, ...] from unit noise [B, ...] in `steps` network calls: x' = alpha' x0 + sigma' (fresh or own eps).
 
     renoise(i) is the fresh unit noise [B, ...] of the state that enters call i = 1 .. steps - 1 (call 0 gets `noise`);
-    specs with `renoise` need it. Step counts outside the student's list are UserErrors.
+    specs with `renoise` need it. cond["guidance"] [B] is the weight for networks that take one, else the spec's. Step
+    counts outside the student's list are UserErrors.
     """
     times = spec.at(steps)
     if spec.renoise and steps > 1 and renoise is None:
         raise ValueError(f"this sampler draws fresh noise between its {steps} steps: pass renoise")
     x = initial(spec, noise, steps)
+    if spec.guidance is not None and GUIDANCE not in (cond or {}):
+        cond = {**(cond or {}), GUIDANCE: times_of(x, spec.guidance)}
     for i, time in enumerate(times):
         now = times_of(x, time)
         following = times[i + 1] if i + 1 < steps else spec.path.end

@@ -35,8 +35,8 @@ class Dressed(Denoiser):
         super().__init__(None, path, prediction, shape=(2,), **options)
         self.exact = mixture()
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Tensor | None) -> Tensor:
-        self.given = {"x": x, "time": time, "r": r}
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
+        self.given = {"x": x, "time": time, "extra": extra}
         t = time / self.time_scale
         t = (4 * t).exp() if self.log_time else t
         levels = self.path.levels(t)
@@ -219,15 +219,16 @@ def test_the_tangent_in_time_of_a_view_is_the_exact_one(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd_eps", "edm", "rf"])
 def test_half_precision_samples_meet_wide_times_and_targets(name: str, half: torch.dtype) -> None:
     model = network(name)
+    model.extra["gap"] = Column()
     for on in (None, RF):
         t = model.path.time(*RF.levels(tensor(0.3, 0.9))) if on is None else tensor(0.3, 0.9)
         pair = model(points(2, half), t.float(), on=on, r=0.5 * t.float())
         assert model.given["x"].dtype == half  # what the network's own weights are in
-        assert model.given["time"].dtype == model.given["r"].dtype == torch.float32
+        assert model.given["time"].dtype == model.given["extra"].dtype == torch.float32
         assert pair.x0.dtype == pair.eps.dtype == torch.float32
     # A time that arrives in half precision is raised before any schedule sees it; so is an index given as an integer.
     assert torch.isfinite(model.on(RF)(points(2), tensor(0.3, 0.9).to(half), r=tensor(0.1, 0.2).to(half)).x0).all()
-    assert model.given["time"].dtype == model.given["r"].dtype == torch.float32
+    assert model.given["time"].dtype == model.given["extra"].dtype == torch.float32
     network("sd_eps")(points(2), torch.tensor([999, 0]))
 
 
@@ -238,15 +239,40 @@ def test_wide_times_leave_samples_in_float32() -> None:
         assert pair.x0.dtype == pair.eps.dtype == model.given["x"].dtype == torch.float32
 
 
-def test_a_second_time_is_carried_to_the_networks_own_path() -> None:
+class Column(torch.nn.Module):
+    """An embedding that is the number itself."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value[:, None]
+
+
+def test_a_second_time_reaches_the_network_as_a_difference_of_rectified_flow_times() -> None:
     model = network("rf")
     r = tensor(0.1, 0.6)
+    with pytest.raises(ValueError, match="takes one time"):
+        model(points(2), tensor(0.5, 0.9), r=r)
+    model.extra["gap"] = Column()
     model(points(2), tensor(0.5, 0.9), r=r)
-    assert torch.allclose(model.given["r"], 1000 * r)
-    model.on(TrigFlow())(points(2), tensor(1.0, 1.2), r=r)
-    assert torch.allclose(model.given["r"], 1000 * r.sin() / (r.sin() + r.cos()), rtol=1e-12)
+    assert torch.allclose(model.given["extra"], tensor(0.4, 0.3)[:, None])
+    t = tensor(1.0, 1.2)
+    model.on(TrigFlow())(points(2), t, r=r)
+    expected = t.sin() / (t.sin() + t.cos()) - r.sin() / (r.sin() + r.cos())
+    assert torch.allclose(model.given["extra"], expected[:, None], rtol=1e-12)
     model(points(2), tensor(0.5, 0.9))
-    assert model.given["r"] is None
+    assert not model.given["extra"].any()
+
+
+def test_a_guidance_weight_reaches_the_network_where_it_takes_one() -> None:
+    model = network("rf")
+    cond = {"guidance": tensor(2.0, 5.0)}
+    model(points(2), tensor(0.5, 0.9), cond)
+    assert model.given["extra"] is None and not model.takes_guidance
+    model.extra["guidance"] = Column()
+    model(points(2), tensor(0.5, 0.9), cond)
+    assert torch.allclose(model.given["extra"], tensor(0.2, 0.5)[:, None]) and model.takes_guidance
+    model.extra["gap"] = Column()
+    model(points(2), tensor(0.5, 0.9), cond, r=tensor(0.1, 0.6))
+    assert torch.allclose(model.given["extra"], tensor(0.6, 0.8)[:, None])
 
 
 def test_contradictions_are_refused_at_once() -> None:

@@ -174,3 +174,25 @@ def test_the_card_tells_terms_and_origin_in_valid_markdown() -> None:
     assert "# A 1, 2, 4-step student by reflow" in body
     unlicensed = card(Student(mixture(), SPEC, {}))
     assert "the teacher's terms apply" in unlicensed and "license: other" in unlicensed
+
+
+def test_what_a_network_is_told_besides_its_time_survives_the_folder(tmp_path):
+    torch.manual_seed(0)
+    denoiser = mlp.build(mlp.MLPConfig(width=8, depth=1), (2,), 3)
+    torch.nn.init.normal_(denoiser.net.modulation.weight)
+    torch.nn.init.normal_(denoiser.net.outer.weight)
+    x, t, cond = torch.randn(4, 2), torch.rand(4), {"label": torch.arange(4) % 3, "guidance": torch.rand(4) * 5}
+    before = denoiser(x, t, cond).x0
+    denoiser.add_gap()
+    denoiser.add_guidance()
+    assert torch.equal(denoiser(x, t, cond, r=t / 2).x0, before)  # nothing changes until it is trained
+    for name in ("gap", "guidance"):
+        torch.nn.init.normal_(denoiser.extra[name].outer.weight)
+    spec = SamplerSpec(path=RectifiedFlow(), times={1: (1.0,)}, two_time=True, guidance=3.0)
+    Student(denoiser, spec, {}).save(tmp_path / "s")
+    loaded = Student.load(tmp_path / "s")
+    assert loaded.denoiser.two_time and loaded.denoiser.takes_guidance and loaded.sampler == spec
+    after = loaded.denoiser(x, t, cond, r=t / 2).x0
+    assert torch.equal(after, denoiser(x, t, cond, r=t / 2).x0) and not torch.allclose(after, before)
+    assert not torch.allclose(after, loaded.denoiser(x, t, cond).x0)
+    assert not torch.allclose(after, loaded.denoiser(x, t, {"label": cond["label"]}, r=t / 2).x0)

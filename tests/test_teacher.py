@@ -34,7 +34,7 @@ class Labelled(Denoiser):
         super().__init__(net, RectifiedFlow(), Prediction(kind="flow"), shape=(2,), num_classes=num_classes)
         self.calls = 0
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
         self.calls += 1
         self.labels = None if cond is None else cond["label"].tolist()
         shift = 0 if cond is None else self.net["label"](cond["label"])

@@ -26,7 +26,7 @@ class Toy(Denoiser):
         net = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 2))
         super().__init__(net, RF, Prediction(kind="flow"), shape=(2,))
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
         return self.net(torch.cat([x, time[:, None]], 1))
 
 

@@ -27,7 +27,9 @@ def generate(
     steps: Annotated[int | None, typer.Option(min=1, help="Network steps (default: the student's fewest).")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     size: Annotated[str | None, typer.Option(metavar="N|HxW", help="Pixels, for latent models.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance weight, for teachers.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance weight, for teachers and for students that take it.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="ODE solver, for teachers: see `fastgen list samplers`.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="For a single file: a diffusers folder with configs and tokenizers.")

@@ -60,8 +60,11 @@ class DataSet(Protocol):
 class DataConfig(Model):
     """Where images come from. A field that the kind cannot use is refused unless it has its default value."""
 
-    kind: Literal["auto", "digits", "idx", "parquet", "folder", "captioned", "prompts", "synthetic"] = "auto"
-    """auto: what lies at `path`; without a path the shipped digits."""
+    kind: Literal["auto", "digits", "idx", "parquet", "folder", "captioned", "prompts", "synthetic", "closed_form"] = (
+        "auto"
+    )
+    """auto: what lies at `path`; without a path the shipped digits. closed_form: draws of the
+    run's teacher, a mixture."""
     path: str | None = None
     split: str = "train"
     """digits: train, held_out, all; IDX folder: train, test; folder of parquet files: how their names begin."""
@@ -72,7 +75,7 @@ class DataConfig(Model):
     classes: int | None = Field(default=None, ge=1)
     """parquet, IDX: how many classes (None: the largest label + 1). synthetic: None makes unlabelled images."""
     rows: int = Field(default=4096, ge=1)
-    """synthetic: how many images."""
+    """synthetic, closed_form: how many samples."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What an image that cannot be read does: stop the run, or give its place to the next good one (and a warning).
     captioned: bad samples are left out, for which all images are read once at the start."""
@@ -86,6 +89,7 @@ _USES = {
     "captioned": {"path", "split", "size", "channels", "on_bad"},
     "prompts": {"path"},
     "synthetic": {"size", "channels", "classes", "rows"},
+    "closed_form": {"rows"},
 }
 
 
@@ -102,6 +106,8 @@ def open_data(config: DataConfig) -> DataSet:
         from fastgen.data.digits import Digits
 
         return Digits(config.split)
+    if kind == "closed_form":
+        raise UserError("data.kind=closed_form: draws of a run's closed-form teacher; it is training data and no other")
     if kind == "synthetic":
         from fastgen.data.synthetic import Synthetic
 

@@ -10,7 +10,7 @@ from fastgen.config import Model
 from fastgen.paths import PATHS, Path, Prediction
 
 # The first of each is the default. eps is VP's classic; v says as much at every level, so it comes first.
-PREDICTIONS = {"RectifiedFlow": ("flow",), "TrigFlow": ("trig",), "EDM": ("edm",), "VP": ("v", "eps", "x0")}
+PREDICTIONS = {"RectifiedFlow": ("flow",), "TrigFlow": ("trig",), "EDM": ("edm", "cm"), "VP": ("v", "eps", "x0")}
 
 
 class FreshNet(Model):
@@ -18,7 +18,9 @@ class FreshNet(Model):
 
     family: str
     path: Literal["RectifiedFlow", "TrigFlow", "EDM", "VP"] = "RectifiedFlow"
-    prediction: Literal["flow", "trig", "edm", "v", "eps", "x0"] | None = None  # None: the path's first in PREDICTIONS
+    prediction: Literal["flow", "trig", "edm", "cm", "v", "eps", "x0"] | None = (
+        None  # None: the path's first in PREDICTIONS
+    )
 
     @model_validator(mode="after")
     def _suits(self) -> FreshNet:
@@ -30,4 +32,5 @@ class FreshNet(Model):
     def target(self) -> tuple[Path, Prediction]:
         """The path and the prediction as objects."""
         path, kind = PATHS[self.path](), self.prediction or PREDICTIONS[self.path][0]
-        return path, Prediction(kind=kind, sd=getattr(path, "sd", 0.5))  # type: ignore[arg-type]
+        sigma_min = path.end if kind == "cm" else 0.0
+        return path, Prediction(kind=kind, sd=getattr(path, "sd", 0.5), sigma_min=sigma_min)  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ EMBEDDING = 128
 
 
 class ResidualMLP(nn.Module):
-    """x [B, *shape], time [B] in about [0, 1], label int64 [B] in 0 .. num_classes (the last is null) -> [B, *shape].
+    """x [B, *shape], time [B] in about [0, 1], label int64 [B] in 0 .. num_classes (the last is null), and an addition
+    to the embedding of the time [B, EMBEDDING] -> [B, *shape].
 
     `depth` pre-norm blocks h + B silu(A (scale * norm(h) + shift)); time and label give every block its scale and
     shift, computed for all blocks in one matrix product. Beside the blocks each coordinate of x reaches the output
@@ -45,12 +46,14 @@ class ResidualMLP(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, label: Tensor | None = None, extra: Tensor | None = None) -> Tensor:
         angles = time[:, None] * self.frequencies.to(time.dtype)
         features = torch.cat([time[:, None], angles.sin(), angles.cos()], dim=1)
         embedding = self.time(features.to(self.inner.weight.dtype))
         if self.label is not None:
             embedding = embedding + self.label(label)
+        if extra is not None:
+            embedding = embedding + extra
         embedding, flat = functional.silu(embedding), x.flatten(1)
         modulation = self.modulation(embedding).chunk(len(self.blocks), dim=1)
         h = self.inner(flat)

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import cast
 
 from fastgen.data import DataSet, open_data
+from fastgen.data.closed_form import MixtureSamples
 from fastgen.data.encoded import Captioned, EncodedPairs, Texts, encode
 from fastgen.data.part import data_part
 from fastgen.data.shards import PairShards
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.stages.context import Context
+from fastgen.teachers.mixture import Mixture
 
 logger = logging.getLogger("fastgen")
 
@@ -22,8 +24,18 @@ def training_data(run: Context) -> DataSet | None:
     config = run.config.data
     if config is None:
         return None
+    if config.kind == "closed_form":
+        return _drawn(run, config.rows)
     data = open_data(config)
     return data if data.captions is not None else data_part(config, "train", run.config.hold_out)
+
+
+def _drawn(run: Context, rows: int) -> MixtureSamples:
+    """Samples of the run's closed-form teacher."""
+    truth = run.open_teacher("teacher").denoiser
+    if not isinstance(truth, Mixture):
+        raise UserError("data.kind=closed_form: the teacher is none; set teacher: {family: mixture, ...}")
+    return MixtureSamples(truth, rows)
 
 
 def prompts(run: Context, denoiser: Denoiser) -> Texts:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen import files
 from fastgen.cond import Cond
@@ -16,7 +16,7 @@ from fastgen.config import Model, plain, validate
 from fastgen.denoiser import Denoiser, conventions
 from fastgen.errors import UserError
 from fastgen.nets.fresh import FreshNet
-from fastgen.nets.mlp import ResidualMLP
+from fastgen.nets.mlp import EMBEDDING, ResidualMLP
 from fastgen.nets.weights import load_weights
 
 CONFIG, WEIGHTS = "net/config.json", "net/model.safetensors"
@@ -58,10 +58,16 @@ class MLPDenoiser(Denoiser):
         super().__init__(architecture.net(), **options)
         self.architecture = architecture
 
-    def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
-        if r is not None:
-            raise ValueError("this network takes one time; it cannot be told the time it steps to")
-        return self.net(x, time, self.label(cond, len(x)))
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, extra: Tensor | None) -> Tensor:
+        return self.net(x, time, self.label(cond, len(x)), extra)
+
+    @property
+    def embedding_width(self) -> int:
+        return EMBEDDING
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self.net.blocks)
 
     def write(self, folder: FilePath) -> None:
         files.make_folder(folder / "net")

@@ -10,15 +10,17 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgen import files
 from fastgen.codecs.stable_diffusion import StableDiffusionCodec
 from fastgen.cond import Cond, repeat
 from fastgen.denoiser import Denoiser, conventions
 from fastgen.errors import UserError
+from fastgen.nets.scalar import added
 from fastgen.nets.weights import fill, modern, weight_files
 from fastgen.schedulers import read_scheduler, write_scheduler
+from fastgen.teachers.unet import unet_features
 
 logger = logging.getLogger("fastgen")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
@@ -38,16 +40,23 @@ class StableDiffusionDenoiser(Denoiser):
     def xl(self) -> bool:
         return self.net.config.addition_embed_type == "text_time"
 
-    def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
-        if r is not None:
-            raise ValueError("this network takes one time; it cannot be told the time it steps to")
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, extra: Tensor | None) -> Tensor:
         cond = cond if cond is not None else repeat(self.null, len(x))
         assert cond is not None
         dtype = self.net.dtype
         cond = {name: value.to(x.device, dtype) for name, value in cond.items()}
-        added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if self.xl else None
-        options = {"encoder_hidden_states": cond["text"], "added_cond_kwargs": added, "return_dict": False}
-        return self.net(x.to(dtype), time, **options)[0]
+        beside = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if self.xl else None
+        options = {"encoder_hidden_states": cond["text"], "added_cond_kwargs": beside, "return_dict": False}
+        with added([self.net.time_embedding], extra):
+            return self.net(x.to(dtype), time, **options)[0]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.net.time_embedding.linear_2.out_features
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return unet_features(self.net)
 
     @property
     def distilled(self) -> bool:

@@ -20,6 +20,7 @@ from fastgen.cond import Cond
 from fastgen.denoiser import Denoiser, conventions
 from fastgen.errors import UserError
 from fastgen.nets.fresh import FreshNet
+from fastgen.nets.scalar import added
 from fastgen.nets.weights import fill, modern, weight_files
 from fastgen.paths import RectifiedFlow
 from fastgen.schedulers import read_scheduler, write_scheduler
@@ -54,11 +55,18 @@ class UNetDenoiser(Denoiser):
     family = "unet"
     net: Any
 
-    def raw(self, x: Tensor, time: Tensor, cond: Cond, r: Tensor | None) -> Tensor:
-        if r is not None:
-            raise ValueError("this network takes one time; it cannot be told the time it steps to")
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, extra: Tensor | None) -> Tensor:
         label = self.label(cond, len(x))
-        return self.net(x.to(self.net.dtype), time, class_labels=label, return_dict=False)[0]
+        with added([self.net.time_embedding], extra):
+            return self.net(x.to(self.net.dtype), time, class_labels=label, return_dict=False)[0]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.net.time_embedding.linear_2.out_features
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return unet_features(self.net)
 
     def write(self, folder: FilePath) -> None:
         """unet/ and scheduler/, and where a stock pipeline runs the two (unconditional, not EDM) model_index.json."""
@@ -118,6 +126,15 @@ def build(config: UNetConfig, shape: tuple[int, ...], num_classes: int | None) -
         time_scale=1000.0 if config.path == "RectifiedFlow" else 1.0,
         log_time=config.path == "EDM",
     )
+
+
+def unet_features(net: Any) -> tuple[nn.Module, ...]:
+    """Layers of a diffusers U-Net after which features are read: the residual layers on the way down, and the middle.
+
+    Whole down-blocks return tuples.
+    """
+    down = [layer for block in net.down_blocks for layer in block.resnets]
+    return (*down, net.mid_block) if net.mid_block is not None else tuple(down)
 
 
 def recognises(folder: FilePath) -> bool:

@@ -43,7 +43,7 @@ class Net(nn.Module):
 class TextDenoiser(Denoiser):
     family = "fake"
 
-    def raw(self, x, time, cond, r):
+    def raw(self, x, time, cond, extra):
         dtype = self.net.inner.weight.dtype
         return self.net(x.to(dtype), cond["text"].to(dtype))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
@@ -30,3 +33,12 @@ def lora_layout(case: Case) -> None:
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def tiny_losses(case: Case) -> None:
+    """One loss after the other, by the family that its name begins with: `tiny_FAMILY.py` holds `check`."""
+    checked: dict[str, Any] = {}
+    for name, entry in {**case.data["cases"], "ict": case.data["ict"]}.items():
+        family = name.split("_")[0]
+        checked.setdefault(family, importlib.import_module(f"tests.goldens.tiny_{family}"))
+        checked[family].check(case, name, entry)

@@ -34,7 +34,7 @@ class Affine(Denoiser):
         super().__init__(None, PATH, Prediction(kind="x0"), shape=tuple(b.shape))
         self.a, self.b, self.sigma_init = nn.Parameter(a.clone()), nn.Parameter(b.clone()), sigma_init
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Any) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Any) -> Tensor:
         return x / self.sigma_init @ self.a.T + self.b
 
 

@@ -29,7 +29,6 @@ NOT_BUILT = {
         "analytic_flow",
         "ict_schedule",
         "lcm",
-        "tiny_losses",
         "mfrae_losses",
         "ddt",
         "rae_decoder",

@@ -50,7 +50,7 @@ class Told(Denoiser):
 
     answer: Tensor
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
         self.x, self.time = x, time
         return self.answer
 

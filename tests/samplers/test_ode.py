@@ -50,7 +50,7 @@ class Stub(Denoiser):
     def __init__(self, path: Path, kind: str, time_scale: float = 1.0) -> None:
         super().__init__(None, path, Prediction(kind=kind), shape=(3, 4, 4), time_scale=time_scale)
 
-    def raw(self, x, time, cond, r):
+    def raw(self, x, time, cond, extra):
         return network(x, time)
 
 

@@ -30,7 +30,7 @@ class Net(Denoiser):
         super().__init__(None, path, Prediction(kind=kind), shape=(2, 4, 4), **options)
         self.told: list[float] = []
 
-    def raw(self, x, time, cond, r):
+    def raw(self, x, time, cond, extra):
         self.told.append(float(time[0]))
         phase = (time.double() * 0.0171).sin().to(x.dtype)[:, None, None, None]
         return 0.6 * (x + phase).tanh() + 0.3 * x.roll(1, -1)

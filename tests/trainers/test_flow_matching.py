@@ -57,7 +57,7 @@ class Leaning(Denoiser):
         super().__init__(None, path, Prediction(kind="x0"), shape=(2,), num_classes=truth.num_classes)
         self.truth, self.w = truth, nn.Parameter(torch.zeros(8, dtype=torch.float64))
 
-    def raw(self, x, time, cond, r):
+    def raw(self, x, time, cond, extra):
         alpha, sigma = (level[:, None] for level in self.path.levels(time))
         norm = torch.hypot(alpha, sigma)
         seen, level, one = x / norm, torch.atan2(sigma, alpha), torch.ones_like(x)

@@ -47,7 +47,7 @@ class Affine(Denoiser):
         super().__init__(None, EDM(), Prediction(kind="x0"), shape=(2,))
         self.a, self.b, self.sigma_init = nn.Parameter(a.clone()), nn.Parameter(b.clone()), sigma_init
 
-    def raw(self, x, time, cond, r):
+    def raw(self, x, time, cond, extra):
         return x / self.sigma_init @ self.a.T + self.b
 
 

@@ -83,7 +83,7 @@ class Linear(Denoiser):
             nn.Parameter(0.3 * gaussian(k, (n,), seed + i).squeeze(0)) for i, k in enumerate((n, 1, 1))
         )
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
         return (x.flatten(1) @ self.a.T + self.b + time[:, None] * self.c).view_as(x)
 
 
@@ -97,7 +97,7 @@ class PointMass(Denoiser):
         self.m = nn.Parameter(m.clone())
         self.seen: list[float] = []
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
         self.seen += time.tolist()
         alpha, sigma = self.path.levels(time)
         m = self.m.to(x.dtype).expand_as(x)
@@ -116,7 +116,7 @@ class Straight(Denoiser):
         super().__init__(None, RF, Prediction(kind="flow"), shape=tuple(mean.shape))
         self.mean, self.root = nn.Parameter(mean.clone()), nn.Parameter(root.clone())
 
-    def raw(self, x: Tensor, time: Tensor, cond: Any, r: Tensor | None) -> Tensor:
+    def raw(self, x: Tensor, time: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
         eye, t = torch.eye(len(self.mean), dtype=x.dtype), time[:, None, None]
         z = torch.linalg.solve((1 - t) * self.root + t * eye, x - (1 - time[:, None]) * self.mean)
         return z @ (eye - self.root).T - self.mean

@@ -27,6 +27,7 @@ from fastgen.trainers.engine.optim import OptimConfig, Precision, ScheduleConfig
 from fastgen.trainers.engine.optim import check as check_optim
 from fastgen.trainers.engine.parallel import Ranks
 
+FIRST_LOOK = 2  # rows that a method is shown before the first step
 REPLACED = 1e5  # in place of an infinite gradient: SiD's (2404.04057), times the sign
 
 
@@ -148,6 +149,9 @@ class Loop:
     def run(self, until: int | None = None) -> None:
         """Train to the last step (or to `until`), saving as configured; raises RunFailed or Stopped."""
         end = self.config.steps if until is None else min(until, self.config.steps)
+        if self.step < end:
+            rows = torch.arange(min(FIRST_LOOK, self.config.micro or self.config.batch))
+            self.method.begin(self.batch_of(rows, {} if self.source is None else self.source.get(rows)))
         with self.log:
             while self.step < end:
                 self._train_step()

@@ -148,6 +148,10 @@ class Method:
         self.slow: dict[str, Any] = {}
         self.needs: frozenset[str] = frozenset()
 
+    def begin(self, batch: Batch) -> None:
+        """Called once, before the first step of a run or of its resumption, with all networks in place and a few rows:
+        look at what can only be tried (a derivative through the network), and refuse what would fail later."""
+
     @property
     def turns(self) -> tuple[Turn, ...]:
         raise NotImplementedError
