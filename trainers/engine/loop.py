@@ -150,8 +150,7 @@ class Loop:
         """Train to the last step (or to `until`), saving as configured; raises RunFailed or Stopped."""
         end = self.config.steps if until is None else min(until, self.config.steps)
         if self.step < end:
-            rows = torch.arange(min(FIRST_LOOK, self.config.micro or self.config.batch))
-            self.method.begin(self.batch_of(rows, {} if self.source is None else self.source.get(rows)))
+            self._begin()
         with self.log:
             while self.step < end:
                 self._train_step()
@@ -164,6 +163,14 @@ class Loop:
                 if self.ranks.any(self.interrupt()):
                     self.save()
                     raise Stopped(f"saved at step {self.step} in {self.checkpoints.folder}")
+
+    def _begin(self) -> None:
+        """Show the method its first rows, all networks in eval mode."""
+        for network in self.method.networks.values():
+            network.eval()
+        self._turn_of = None
+        rows = torch.arange(min(FIRST_LOOK, self.config.micro or self.config.batch))
+        self.method.begin(self.batch_of(rows, {} if self.source is None else self.source.get(rows)))
 
     def _train_step(self) -> None:
         began, logs = time.perf_counter(), {}

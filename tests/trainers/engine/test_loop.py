@@ -249,3 +249,24 @@ def test_norms_and_biases_are_not_decayed(tmp_path):
     loop = make(ManyBackwards(toy()), tmp_path, optim=OptimConfig(weight_decay=0.3))
     for group in loop.optimizers["student"].param_groups:
         assert group["weight_decay"] == (0.3 if group["params"][0].ndim > 1 else 0.0)
+
+
+def test_a_method_is_shown_a_few_rows_before_the_first_step_of_every_start(tmp_path):
+    class Looks(SlowTarget):
+        def __init__(self, student):
+            super().__init__(student)
+            self.seen = []
+
+        def begin(self, batch):
+            assert "target" in self.slow and not self.student.training
+            self.seen.append((batch.step, len(batch), batch.x0.shape))
+
+    first = make(Looks(toy()), tmp_path)
+    first.run(until=5)
+    assert first.method.seen == [(0, 2, (2, 2))]
+    again = make(Looks(toy()), tmp_path)
+    again.resume()
+    again.run()
+    assert again.method.seen == [(5, 2, (2, 2))]
+    again.run()
+    assert len(again.method.seen) == 1, "nothing is left to do"
