@@ -11,16 +11,19 @@ MATH kernel on every device, float32, outside autocast. The tangent carries no g
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen.config import Model
 from fastgen.errors import RunFailed
+
+logger = logging.getLogger("fastgen")
 
 
 class JvpConfig(Model):
@@ -63,3 +66,18 @@ def _central(
         return fn(*(p + h * v for p, v in zip(primals, tangents, strict=True)))
 
     return (at(h) - at(-h)) / (2 * h)
+
+
+def check(
+    fn: Callable[..., Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
+    config: JvpConfig,
+    student: nn.Module,
+) -> None:
+    """Try the route on a few rows before the first step, and log how far it is from a finite difference."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        _, tangent = value_and_tangent(fn, primals, tangents, config)
+        _, other = value_and_tangent(fn, primals, tangents, JvpConfig(route="finite"))
+    error = float((tangent - other).norm() / other.norm().clamp_min(1e-12))
+    logger.info("derivative along the path: %s, %.1e from a finite difference", config.route, error)

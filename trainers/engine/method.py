@@ -149,8 +149,8 @@ class Method:
         self.needs: frozenset[str] = frozenset()
 
     def begin(self, batch: Batch) -> None:
-        """Called once, before the first step of a run or of its resumption, with all networks placed, in eval mode,
-        and a few rows: look at what can only be tried (a derivative through the network), and refuse what would fail later."""
+        """Called once, before the first step of a run or of its resumption, with all networks placed, in eval mode, and
+        a few rows: look at what can only be tried (a derivative through the network), refuse what would fail later."""
 
     @property
     def turns(self) -> tuple[Turn, ...]:
