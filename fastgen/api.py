@@ -120,6 +120,9 @@ class Generator:
             cond = self._texts(prompts, asked, num)
             guidance = self._text_guidance(guidance)
         else:
+            if denoiser.needs_embeddings:
+                told = f"{denoiser.family} networks are read without text encoders and VAE so far"
+                raise UserError(f"{told}; draw latents from embeddings in Python (docs/teachers.md)")
             if prompts is not None:
                 raise UserError("a prompt: this model does not read text; it takes num, label, steps and seed")
             if guidance is not None and isinstance(self.model, Teacher) and (not denoiser.has_null or asked is None):

@@ -187,9 +187,19 @@ class Denoiser(nn.Module):
         return None
 
     @property
+    def needs_embeddings(self) -> bool:
+        """Whether its conditions are embeddings of texts that only its caller can give it."""
+        return False
+
+    @property
     def has_null(self) -> bool:
         """Whether there is a null condition, which guidance needs."""
         return self.num_classes is not None and self.null_label
+
+    @property
+    def no_null(self) -> str:
+        """Why there is none, for messages."""
+        return "no text encoder for the empty prompt" if self.codec is not None else "no null condition"
 
     @property
     def null(self) -> Cond:
@@ -230,7 +240,7 @@ class Denoiser(nn.Module):
             "shape": list(self.shape),
             "num_classes": self.num_classes,
             "null_label": self.null_label,
-            "extra": list(self.extra),
+            **({"extra": list(self.extra)} if self.extra else {}),
         }
 
     def write(self, folder: FilePath) -> None:

@@ -10,6 +10,9 @@ from fastgen import files
 from fastgen.errors import UserError
 from fastgen.stages import records
 
+# What only a model's folder has; one of these is enough.
+MODEL = ("fastgen.json", "model_index.json", "mixture.json", "config.json", "transformer/config.json")
+
 
 def inspect(path: Path) -> dict[str, Any]:
     """Facts about a model folder, a run, a pair set, or data; anything else is a UserError."""
@@ -21,8 +24,7 @@ def inspect(path: Path) -> dict[str, Any]:
         return {"kind": "stage", **_stage(path)}
     if (path / "manifest.json").exists():
         return _pairs(path)
-    model = any((path / name).exists() for name in ("fastgen.json", "model_index.json", "mixture.json", "config.json"))
-    return _model(path) if model else _data(path)
+    return _model(path) if any((path / name).exists() for name in MODEL) else _data(path)
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -54,6 +54,16 @@ class Convention:
     log_time: bool = False
 
 
+def find_scheduler(folder: FilePath, where: FilePath) -> FilePath:
+    """The scheduler's config of a pipeline's folder, or of a bare network that lies in `where`."""
+    for candidate in (folder / "scheduler", where, folder):
+        if (candidate / "scheduler_config.json").exists():
+            return candidate / "scheduler_config.json"
+    raise UserError(
+        f"{folder}: no scheduler/scheduler_config.json; put the config of the scheduler it was trained with there"
+    )
+
+
 def read_scheduler(file: FilePath) -> Convention:
     """The convention that a `scheduler_config.json` states; one that we cannot express is a UserError."""
     config = read_json(file)

@@ -50,8 +50,8 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         if guidance is not None and not denoiser.has_null:
-            why = "no text encoder for the empty prompt" if denoiser.codec is not None else "no null condition"
-            raise UserError(f"guidance={guidance}: this {denoiser.family} teacher has {why}; leave it off")
+            told = f"this {denoiser.family} teacher has {denoiser.no_null}"
+            raise UserError(f"guidance={guidance}: {told}; leave it off")
         self.denoiser, self.guidance, self.guidance_interval = denoiser, guidance, guidance_interval
         self._sha256 = sha256
         self.facts = facts or {}
@@ -70,7 +70,8 @@ class Teacher(nn.Module):
         if cond is None or w is None or (not isinstance(w, Tensor) and w == 1):
             return self.denoiser(x, t, cond, on=on)
         if not self.denoiser.has_null:
-            raise UserError(f"guidance: this {self.denoiser.family} teacher has no null condition; leave it off")
+            told = f"this {self.denoiser.family} teacher has {self.denoiser.no_null}"
+            raise UserError(f"guidance: {told}; leave it off")
         if self.guidance_interval is not None:
             inside = self._inside(t, on)
             if not inside.any():

@@ -93,6 +93,11 @@ class Context:
                 self._looks[reference] = Look("teacher", shape, shape, False)
             else:
                 denoiser, data = read_denoiser(source)
+                if denoiser.needs_embeddings:
+                    raise UserError(
+                        f"{reference}={source}: {denoiser.family} networks are read without text encoders and VAE so "
+                        "far, and a run has nothing to feed them with; use them from Python (docs/teachers.md)"
+                    )
                 codec, shape = self.fitted(denoiser).codec, denoiser.shape
                 data_shape = shape if codec is None else codec.image_shape
                 kind = "student" if denoiser.distilled else data.get("kind", "teacher")

@@ -23,7 +23,7 @@ from fastgen.nets.fresh import FreshNet
 from fastgen.nets.scalar import added
 from fastgen.nets.weights import fill, modern, weight_files
 from fastgen.paths import RectifiedFlow
-from fastgen.schedulers import read_scheduler, write_scheduler
+from fastgen.schedulers import find_scheduler, read_scheduler, write_scheduler
 
 logger = logging.getLogger("fastgen")
 
@@ -123,7 +123,8 @@ def build(config: UNetConfig, shape: tuple[int, ...], num_classes: int | None) -
         prediction,
         shape=shape,
         num_classes=num_classes,
-        time_scale=1000.0 if config.path == "RectifiedFlow" else 1.0,
+        # cm's is that of diffusers' CMStochasticIterativeScheduler, 1000 ln(sigma) / 4.
+        time_scale=1000.0 if config.path == "RectifiedFlow" or prediction.kind == "cm" else 1.0,
         log_time=config.path == "EDM",
     )
 
@@ -163,7 +164,7 @@ def read(folder: FilePath, data: dict[str, Any] | None, *, null_label: bool = Fa
         logger.info("%s: %d classes, none of them known to mean 'no label': no guidance", folder, classes)
     return UNetDenoiser(
         net,
-        **vars(read_scheduler(_scheduler_file(folder, where))),
+        **vars(read_scheduler(find_scheduler(folder, where))),
         shape=(config.in_channels, *size),
         num_classes=classes - 1 if classes is not None and null_label else classes,
         null_label=null_label or classes is None,
@@ -177,16 +178,6 @@ def _refuse_parts(index: FilePath) -> None:
         raise UserError(
             f"{index}: the pipeline also has {', '.join(extra)}; this family is a U-Net and a scheduler alone"
         )
-
-
-def _scheduler_file(folder: FilePath, where: FilePath) -> FilePath:
-    candidates = (folder / "scheduler", where, folder)
-    for candidate in candidates:
-        if (candidate / "scheduler_config.json").exists():
-            return candidate / "scheduler_config.json"
-    raise UserError(
-        f"{folder}: no scheduler/scheduler_config.json; put the config of the scheduler it was trained with there"
-    )
 
 
 def _read_net(where: FilePath) -> Any:
