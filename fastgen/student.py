@@ -163,7 +163,7 @@ def card(student: Student) -> str:
             "import fastgen",
             'images = fastgen.load("PATH_OF_THIS_FOLDER").generate(num=4, seed=0)',
             "```",
-            f"Steps: {steps}. Guidance is part of the weights: leave it off. Licence: {terms}.",
+            f"Steps: {steps}. {_guidance(student.sampler)} Licence: {terms}.",
             "",
             "| fact | value |",
             "|---|---|",
@@ -171,6 +171,12 @@ def card(student: Student) -> str:
             "",
         ]
     )
+
+
+def _guidance(spec: SamplerSpec) -> str:
+    if spec.guidance is None:
+        return "Guidance is part of the weights: leave it off."
+    return f"Guidance is an input of the network, {spec.guidance:g} unless another weight is given as `guidance`."
 
 
 def _cell(value: Any) -> str:

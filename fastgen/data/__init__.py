@@ -76,6 +76,8 @@ class DataConfig(Model):
     """parquet, IDX: how many classes (None: the largest label + 1). synthetic: None makes unlabelled images."""
     rows: int = Field(default=4096, ge=1)
     """synthetic, closed_form: how many samples."""
+    captions: bool = False
+    """synthetic: whether each image has a text."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What an image that cannot be read does: stop the run, or give its place to the next good one (and a warning).
     captioned: bad samples are left out, for which all images are read once at the start."""
@@ -88,7 +90,7 @@ _USES = {
     "folder": {"path", "size", "channels", "on_bad"},
     "captioned": {"path", "split", "size", "channels", "on_bad"},
     "prompts": {"path"},
-    "synthetic": {"size", "channels", "classes", "rows"},
+    "synthetic": {"size", "channels", "classes", "rows", "captions"},
     "closed_form": {"rows"},
 }
 
@@ -112,7 +114,7 @@ def open_data(config: DataConfig) -> DataSet:
         from fastgen.data.synthetic import Synthetic
 
         size = config.size or 32
-        return Synthetic((config.channels, size, size), config.classes, config.rows)
+        return Synthetic((config.channels, size, size), config.classes, config.rows, captions=config.captions)
     if path is None:
         raise UserError(f"data.kind={kind} needs data.path; understood are {LAYOUTS}")
     if kind == "idx":

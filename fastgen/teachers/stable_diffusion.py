@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgen import files
 from fastgen.codecs.stable_diffusion import StableDiffusionCodec
 from fastgen.cond import Cond, repeat
-from fastgen.denoiser import Denoiser, conventions
+from fastgen.denoiser import GUIDANCE, Denoiser, conventions
 from fastgen.errors import UserError
 from fastgen.nets.scalar import added
 from fastgen.nets.weights import fill, modern, weight_files
@@ -24,31 +24,59 @@ from fastgen.teachers.unet import unet_features
 
 logger = logging.getLogger("fastgen")
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+GUIDANCE_DIM = 256  # of the embedding of the guidance weight, as LCM's own students have it (2310.04378)
 
 
 class StableDiffusionDenoiser(Denoiser):
     """cond: "text" [B, 77, D]; XL also "pooled" [B, P] and "time_ids" [B, 6]. Latents [B, 4, h, w].
 
     codec: None for a bare U-Net, whose conditions come from a cache.
+
+    Guidance is LCM's input: the embedding of w = (usual weight) - 1 through `time_embedding.cond_proj`. Zeros there are
+    an export's switch against guidance in stock pipelines (`samplers.export.folder`), not a network that takes it.
     """
 
     family = "stable_diffusion"
     net: Any
     codec: StableDiffusionCodec | None
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        proj = self.net.time_embedding.cond_proj
+        self._guidance_input = proj is not None and (proj.weight.is_meta or bool(proj.weight.any()))
+
     @property
     def xl(self) -> bool:
         return self.net.config.addition_embed_type == "text_time"
 
     def raw(self, x: Tensor, time: Tensor, cond: Cond, extra: Tensor | None) -> Tensor:
-        cond = cond if cond is not None else repeat(self.null, len(x))
-        assert cond is not None
+        told = dict(cond or {})
+        weight = told.pop(GUIDANCE, None)
+        texts = told or repeat(self.null, len(x))
+        assert texts is not None
         dtype = self.net.dtype
-        cond = {name: value.to(x.device, dtype) for name, value in cond.items()}
-        beside = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]} if self.xl else None
-        options = {"encoder_hidden_states": cond["text"], "added_cond_kwargs": beside, "return_dict": False}
+        texts = {name: value.to(x.device, dtype) for name, value in texts.items()}
+        beside = {"text_embeds": texts["pooled"], "time_ids": texts["time_ids"]} if self.xl else None
+        options = {"encoder_hidden_states": texts["text"], "added_cond_kwargs": beside, "return_dict": False}
+        if weight is not None and self._guidance_input:
+            width = self.net.config.time_cond_proj_dim
+            options["timestep_cond"] = guidance_embedding(weight.to(x.device) - 1, width).to(dtype)
         with added([self.net.time_embedding], extra):
             return self.net(x.to(dtype), time, **options)[0]
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self._guidance_input
+
+    def add_guidance(self) -> None:
+        """Widen the embedding of the time by LCM's input, whose weights are 0 at first: see `Denoiser.add_guidance`."""
+        embedding = self.net.time_embedding
+        if embedding.cond_proj is None:
+            proj = nn.Linear(GUIDANCE_DIM, embedding.linear_1.in_features, bias=False)
+            nn.init.zeros_(proj.weight)
+            embedding.cond_proj = proj.to(embedding.linear_1.weight)
+            self.net.register_to_config(time_cond_proj_dim=GUIDANCE_DIM)
+        self._guidance_input = True
 
     @property
     def embedding_width(self) -> int:
@@ -100,6 +128,24 @@ class StableDiffusionDenoiser(Denoiser):
         write_scheduler(self, folder / "scheduler")
         if self.codec is not None:
             self.codec.write(folder)
+
+
+def guidance_embedding(w: Tensor, width: int) -> Tensor:
+    """[sin, cos] of 1000 w f_i for i < width / 2: [B] to [B, width], in w's dtype. LCM's w: the usual weight less 1."""
+    return waves(w, guidance_frequencies(width // 2, w), width)
+
+
+def guidance_frequencies(n: int, like: Tensor) -> Tensor:
+    """f_i = 1e4^(-i / (n - 1)), [n], operation by operation as the stock pipelines have it: an angle of 10,000 carries
+    the rounding of each of them."""
+    step = torch.log(torch.tensor(10000.0)) / (n - 1)  # in float32 whatever w is, as there
+    return torch.exp(torch.arange(n, dtype=like.dtype, device=like.device) * -step.to(like.device, like.dtype))
+
+
+def waves(w: Tensor, frequencies: Tensor, width: int) -> Tensor:
+    """[B, width]: sines, cosines, and a zero where the width is odd."""
+    angles = (1000.0 * w)[:, None] * frequencies[None]
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 def recognises(folder: FilePath) -> bool:

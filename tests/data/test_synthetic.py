@@ -42,3 +42,17 @@ def test_unlabelled_and_out_of_range():
     assert data.num_classes is None and set(data.get(torch.arange(10))) == {"x0"}
     with pytest.raises(IndexError):
         data.get(torch.tensor([10]))
+
+
+def test_texts_stand_in_the_place_of_labels_and_name_the_class():
+    data, plain = (
+        Synthetic((3, 8, 8), num_classes=3, rows=7, captions=True),
+        Synthetic((3, 8, 8), num_classes=3, rows=7),
+    )
+    assert data.num_classes is None and len(data.captions) == 7 and len(set(data.captions)) == 3
+    assert data.captions[4] == data.captions[1] != data.captions[2]
+    found = data.get(torch.arange(7))
+    assert torch.equal(found["x0"], plain.get(torch.arange(7))["x0"]) and "label" not in found
+    assert found["original"].tolist() == [[8, 8]] * 7 and not found["corner"].any()
+    assert data.content_sha256 == Synthetic((3, 8, 8), 3, 7, captions=True).content_sha256
+    assert len({Synthetic((3, n, 8), k, r).content_sha256 for n in (8, 9) for k in (3, 4) for r in (7, 8)}) == 8
