@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import files
+from fastgen.codecs.sana import LENGTH
 from fastgen.config import override, plain, validate
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
@@ -302,8 +303,11 @@ def _data(method: Method, rows: int) -> dict[str, Tensor]:
 
 
 def _text(denoiser: Denoiser) -> dict[str, Tensor]:
-    """One row of a text condition, in shapes; see `StableDiffusionDenoiser`."""
+    """One row of a text condition, in shapes; see `StableDiffusionDenoiser` and `SanaDenoiser`."""
     config: Any = getattr(denoiser.net, "config", None)
+    if denoiser.family == "sana":
+        shapes = {"text": (1, LENGTH, config.caption_channels), "text_mask": (1, LENGTH)}
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     text = {"text": torch.empty(1, 77, config.cross_attention_dim, device="meta")}
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

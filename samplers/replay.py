@@ -16,6 +16,8 @@ import torch
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.paths import VP, Path, RectifiedFlow
+from fastgen.samplers import cm, scm
+from fastgen.samplers.fold import NOTE, alone, constant_gap
 from fastgen.schedulers import KINDS
 from fastgen.student import SamplerSpec
 
@@ -33,6 +35,8 @@ class Replay:
     output_scale  what the network's last layer is multiplied by, in weight and bias
     guarded       whether a call with more steps than the student was made for raises, instead of making a bad image
     whole         the arguments of the whole table of levels, where `config` holds the first of its betas as a list
+    gap           how far every step goes, of a network that is told it: what it adds to the embedding of the time is
+                  then a constant, and becomes part of a bias (`Denoiser.extra`, `nets.scalar.fold`)
     """
 
     scheduler: str
@@ -41,7 +45,13 @@ class Replay:
     output_scale: float = 1.0
     guarded: bool = False
     whole: Arguments | None = None
+    gap: float | None = None
     notes: str = ""
+
+    @property
+    def most(self) -> int | None:
+        """The largest number of steps that the scheduler accepts; None: any."""
+        return self.config.get("original_inference_steps")
 
     def make(self) -> Any:
         """The scheduler itself."""
@@ -64,6 +74,7 @@ class Asked:
 
     times  {n: whole numbers, as the network is told them}
     first  the first state over unit noise
+    gap    see `Replay`
     """
 
     path: Path
@@ -72,6 +83,7 @@ class Asked:
     times: dict[int, tuple[int, ...]]
     renoise: bool
     first: Literal["unit", "sigma"]
+    gap: float | None
 
     @property
     def length(self) -> int:
@@ -253,20 +265,29 @@ TABLE = (
 )
 
 
-def pipeline_of(denoiser: Denoiser) -> str | None:
-    """The stock pipeline of a network ("pixels": DDIMPipeline or DDPMPipeline, by the scheduler), None where there is
-    none: no stock pipeline passes a label to a U-Net, or scales its input as EDM's needs."""
+def pipeline_of(denoiser: Denoiser, *, told: bool = False) -> str | None:
+    """The stock pipeline of a network ("pixels": DDIM's, DDPM's or that of consistency models, by the scheduler), None
+    where there is none: only the last passes a label to a U-Net, or scales its input as EDM's needs.
+
+    told: the network is given its guidance weight. LCM's own pipeline has such a student's weight (8.5) and number of
+    steps (4) for its defaults; of XL there is only the usual one, which has not.
+    """
     if denoiser.family == "stable_diffusion":
-        return "StableDiffusionXLPipeline" if denoiser.xl else "StableDiffusionPipeline"
+        usual = "LatentConsistencyModelPipeline" if told else "StableDiffusionPipeline"
+        return "StableDiffusionXLPipeline" if denoiser.xl else usual
+    if denoiser.family == "sana":
+        return scm.PIPELINE
     plain = denoiser.family == "unet" and denoiser.num_classes is None and not denoiser.log_time
-    return "pixels" if plain else None
+    return "pixels" if plain or cm.plays(denoiser) else None
 
 
 def refuse_unreplayable(denoiser: Denoiser, spec: SamplerSpec) -> None:
     """At the start of a training run: a UserError for a student that a stock pipeline could run, but never at its
-    times. Networks without a stock pipeline run in fastgen alone and are let through."""
+    times. Networks without a stock pipeline run in fastgen alone and are let through. A network that is told how far it
+    steps needs a folder for each number of steps."""
     if pipeline_of(denoiser) is not None:
-        replay(denoiser, spec)
+        for n in sorted(spec.times) if spec.two_time else [None]:
+            replay(denoiser, alone(spec, n))
 
 
 def replay(denoiser: Denoiser, spec: SamplerSpec) -> Replay:
@@ -274,6 +295,12 @@ def replay(denoiser: Denoiser, spec: SamplerSpec) -> Replay:
     pipeline = pipeline_of(denoiser)
     if pipeline is None:
         raise UserError(f"no stock pipeline runs this {denoiser.family} network; use it with `fastgen generate`")
+    if pipeline == scm.PIPELINE:
+        scm.refuse_other(denoiser, spec)
+        return Replay(scheduler="SCMScheduler", config=dict(scm.CONFIG), steps=tuple(sorted(spec.times)))
+    if cm.plays(denoiser):
+        arguments, steps = cm.config(denoiser, spec), tuple(sorted(spec.times))
+        return Replay(scheduler=cm.SCHEDULER, config=arguments, steps=steps, guarded=True, notes=cm.NOTE)
     asked = ask(denoiser, spec)
     rows = [row for row in TABLE if row.serves(asked, pixels=pipeline == "pixels")]
     for row in rows:
@@ -293,8 +320,13 @@ def _entry(row: Row, arguments: Arguments, asked: Asked) -> Replay:
         output_scale=scale,
         guarded=row.guarded,
         whole=_named(asked.path) if "trained_betas" in arguments and isinstance(asked.path, VP) else None,
-        notes=row.notes,
+        gap=asked.gap,
+        notes="; ".join(note for note in (row.notes, _folded(asked)) if note),
     )
+
+
+def _folded(asked: Asked) -> str:
+    return "" if asked.gap is None else NOTE.format(steps=min(asked.times))
 
 
 def visited(entry: Replay, steps: int) -> tuple[int, ...]:
@@ -309,8 +341,7 @@ def visited(entry: Replay, steps: int) -> tuple[int, ...]:
 
 def ask(denoiser: Denoiser, spec: SamplerSpec) -> Asked:
     """A student's sampling as a stock scheduler would have to do it; a UserError for what none of them can."""
-    if spec.two_time:
-        raise UserError("sampler: the network is told two times; no stock U-Net pipeline passes the second")
+    gap = constant_gap(denoiser, spec) if spec.two_time else None
     scale = denoiser.time_scale
     if denoiser.log_time or scale != int(scale) or (isinstance(denoiser.path, VP) and scale != 1):
         raise UserError(f"sampler: no stock scheduler counts time as this network does (scale {scale})")
@@ -324,6 +355,7 @@ def ask(denoiser: Denoiser, spec: SamplerSpec) -> Asked:
         times=times,
         renoise=spec.renoise,
         first=_first(spec),
+        gap=gap,
     )
 
 

@@ -28,6 +28,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft"}
 # Everything that an extra brings, and torchvision, which comes with some of them.
 OPTIONAL = ["torchvision", "xformers", "cleanfid", "torch_fidelity", "torchmetrics", "trimesh", "skimage", "scipy"]
 OPTIONAL += ["xatlas", "pyarrow", "tensorboard", "wandb", "trackio", "pynvml", "gradio", "bitsandbytes", "flash_attn"]
+OPTIONAL += ["jvp_flash_attention"]
 
 
 def installed_name(path: Path) -> str:

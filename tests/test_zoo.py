@@ -7,7 +7,7 @@ import torch
 
 from fastgen.errors import UserError
 from fastgen.eval.roofline import flops
-from fastgen.paths import VP
+from fastgen.paths import VP, RectifiedFlow
 from fastgen.zoo.fresh import build
 from fastgen.zoo.stable_diffusion import ARCHITECTURES
 
@@ -65,3 +65,28 @@ def test_the_prompt_is_framed_and_padded_as_clips(built):
 def test_unknown_architectures_are_refused():
     with pytest.raises(UserError, match="did you mean 'sd15'"):
         build("sd-15")
+
+
+SANA = {  # the transformer as published; of the autoencoder and the text encoder there is one
+    "sana": 591_876_896,
+    "sana-0.6b": 591_747_872,
+    "sana-1.6b": 1_604_462_752,
+}
+
+
+@pytest.mark.parametrize("name", SANA)
+def test_sana_is_as_published(name):
+    denoiser = build(name, "meta")
+    parts = {"transformer": denoiser.net, **denoiser.codec.modules()}
+    assert {part: sum(p.numel() for p in net.parameters()) for part, net in parts.items()} == {
+        "transformer": SANA[name],
+        "vae": 312_250_275,
+        "text_encoder": 2_614_341_888,
+    }
+    assert all(p.is_meta for net in parts.values() for p in net.parameters())
+    assert denoiser.shape == (32, 32, 32) and denoiser.codec.image_shape == (3, 1024, 1024)
+    assert denoiser.time_scale == (1 if name == "sana" else 1000) and denoiser.path == RectifiedFlow()
+    cond = {"text": torch.zeros(1, 300, 2304, device="meta"), "text_mask": torch.zeros(1, 300, device="meta")}
+    x = torch.zeros(1, 32, 32, 32, device="meta")
+    assert denoiser.raw(x, torch.zeros(1, device="meta"), cond, None).shape == x.shape
+    assert denoiser.codec.decode(x).shape == (1, 3, 1024, 1024)

@@ -6,10 +6,7 @@ each other, on the second one's pooled embedding, and on how the picture was fra
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import logging
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,63 +17,29 @@ from torch import Tensor
 
 from fastgen import files
 from fastgen.codec import Framing, Posterior
+from fastgen.codecs.parts import PipelineCodec
 from fastgen.cond import Cond
-from fastgen.errors import UserError
-from fastgen.nets.weights import weight_files
 
 logger = logging.getLogger("fastgen")
 TEXT_PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-KEPT = (".json", ".txt", ".safetensors")
 
 
-class StableDiffusionCodec:
+class StableDiffusionCodec(PipelineCodec):
     """See `fastgen.codec.Codec`. `folder` is the pipeline's; its parts are read when first needed.
 
-    image_shape  (3, H, W); others by `resized`
     slicing      decode image by image: the memory of one
     tiling       decode in overlapping tiles: the memory of a tile, and slightly other pixels
     """
 
     def __init__(self, folder: Path, latent: tuple[int, ...]) -> None:
-        self.folder, self.tiling, self.slicing = folder, False, False
+        super().__init__(folder, latent, _kinds, channels="block_out_channels")
         self.xl = (folder / "text_encoder_2").is_dir()
-        self._parts = _Parts(folder)
         self._null_on: dict[torch.device, dict[str, Tensor]] = {}
-        self.factor = 2 ** (len(self._parts.config("vae")["block_out_channels"]) - 1)
-        self.image_shape = (3, *(side * self.factor for side in latent[1:]))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StableDiffusionCodec:
-        return self  # frozen: copies of a network share it
-
-    def resized(self, height: int, width: int) -> StableDiffusionCodec:
-        """The same codec for images of another size in pixels; sizes that the VAE cannot halve are UserErrors."""
-        if height % self.factor or width % self.factor or min(height, width) < self.factor:
-            near = [max(1, round(side / self.factor)) * self.factor for side in (height, width)]
-            raise UserError(
-                f"size {height}x{width}: the VAE works in steps of {self.factor} pixels; nearest {near[0]}x{near[1]}"
-            )
-        other = copy.copy(self)
-        other.image_shape = (3, height, width)
-        return other
-
-    @property
-    def reads_text(self) -> bool:
-        """Whether the folder holds a text encoder and its tokenizer."""
-        return all((self.folder / name).is_dir() for name in ("tokenizer", "text_encoder"))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of its weights and computations; see `to`."""
-        return self._parts.dtype
 
     @cached_property
     def text_sha256(self) -> str:
         """Weights, tokenizers and the pipeline's rule for the empty prompt."""
-        return _digest([self.folder / name for name in TEXT_PARTS], str(self._zero_null))
-
-    @cached_property
-    def image_sha256(self) -> str:
-        return _digest([self.folder / "vae"], "")
+        return self._parts.digest(TEXT_PARTS, str(self._zero_null))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], framing: Framing | None = None) -> Cond:
@@ -85,11 +48,7 @@ class StableDiffusionCodec:
         framing: how the pictures were made; None: taken whole at this size. Words beyond the 77th token are named in a
         warning.
         """
-        if not self.reads_text:
-            raise UserError(
-                f"{self.folder}: no text encoder; put text_encoder/ and tokenizer/ of the checkpoint there, "
-                "or give prompts whose embeddings are cached"
-            )
+        self.need_text()
         last = self._hidden("tokenizer", "text_encoder", prompts)
         if not self.xl:
             return {"text": last.last_hidden_state.float()}
@@ -140,15 +99,6 @@ class StableDiffusionCodec:
         x = latents.to(self._parts.device, torch.float32) / scale + shift
         return vae.decode(x.to(vae.dtype), return_dict=False)[0].float()
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> StableDiffusionCodec:
-        """Where it works from now on, and how precisely; a VAE that asks for float32 (XL's) is never put in fp16."""
-        self._parts.to(torch.device(device), dtype or self._parts.dtype)
-        return self
-
-    def release(self) -> None:
-        """Drop the weights; the next call reads them again."""
-        self._parts.release()
-
     def modules(self) -> dict[str, torch.nn.Module]:
         """The networks by name, read if they were not: what a benchmark compiles or counts."""
         names = ["text_encoder", *(["text_encoder_2"] if self.xl else []), "vae"]
@@ -156,13 +106,7 @@ class StableDiffusionCodec:
 
     def write(self, folder: Path) -> None:
         """Copies of the parts as they are in the pipeline's folder, pickled weights left out."""
-        for name in (*TEXT_PARTS, "vae"):
-            source = self.folder / name
-            if source.is_dir():
-                (folder / name).mkdir(parents=True)
-                for file in sorted(source.iterdir()):
-                    if file.suffix in KEPT:
-                        shutil.copyfile(file, folder / name / file.name)
+        self._parts.write(folder, (*TEXT_PARTS, "vae"))
 
     @property
     def _zero_null(self) -> bool:
@@ -197,78 +141,9 @@ class StableDiffusionCodec:
         return tokens.input_ids
 
 
-class _Parts(dict[str, Any]):
-    """The networks and tokenizers of a folder by name, read when first asked for."""
+def _kinds(name: str) -> Any:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder, self.device, self.dtype = folder, torch.device("cpu"), torch.float32
-
-    def config(self, name: str) -> dict[str, Any]:
-        file = self.folder / name / "config.json"
-        config = files.read_json(file)
-        if not isinstance(config, dict):
-            raise UserError(f"{file}: not the config of a network")
-        return config
-
-    def __missing__(self, name: str) -> Any:
-        part = self._tokenizer(name) if name.startswith("tokenizer") else self._network(name)
-        self[name] = part
-        return part
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        for name, part in self.items():
-            if isinstance(part, torch.nn.Module):
-                part.to(device, self._dtype_of(name))
-
-    def release(self) -> None:
-        self.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        upcast = self.dtype == torch.float16 and name == "vae" and self.config("vae").get("force_upcast", True)
-        return torch.float32 if upcast else self.dtype
-
-    def _tokenizer(self, name: str) -> Any:
-        from transformers import CLIPTokenizer
-
-        try:
-            return CLIPTokenizer.from_pretrained(self.folder / name, local_files_only=True)
-        except Exception as error:  # what it raises for broken files has no common base
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.folder / name}: no CLIP tokenizer can be made of it ({reason})") from error
-
-    def _network(self, name: str) -> torch.nn.Module:
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-        from transformers.utils import logging as quiet
-
-        quiet.disable_progress_bar()
-
-        kinds: dict[str, Any] = {
-            "vae": AutoencoderKL,
-            "text_encoder": CLIPTextModel,
-            "text_encoder_2": CLIPTextModelWithProjection,
-        }
-        where, stem = self.folder / name, "diffusion_pytorch_model" if name == "vae" else "model"
-        found = weight_files(where, stem)
-        variant = {"variant": "fp16"} if ".fp16." in found[0].name else {}
-        try:
-            network = kinds[name].from_pretrained(
-                where, torch_dtype=self._dtype_of(name), local_files_only=True, use_safetensors=True, **variant
-            )
-        except Exception as error:  # broken files and configs that do not fit: no common base either
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{where}: no {kinds[name].__name__} can be made of it ({reason})") from error
-        return network.requires_grad_(False).eval().to(self.device)
-
-
-def _digest(folders: Sequence[Path], extra: str) -> str:
-    """One hash of some folders' files and a setting."""
-    digest = hashlib.sha256(extra.encode())
-    for folder in folders:
-        if folder.is_dir():
-            digest.update(f"{folder.name} {files.sha256(folder)}".encode())
-    return digest.hexdigest()
+    kinds = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    return CLIPTokenizer if name.startswith("tokenizer") else kinds[name]

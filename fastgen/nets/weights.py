@@ -16,11 +16,11 @@ logger = logging.getLogger("fastgen")
 
 
 def weight_files(where: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
-    """The safetensors files of a diffusers or transformers folder: one, its fp16 variant, or the shards of an index."""
-    for name in (stem, f"{stem}.fp16"):
+    """The safetensors files of a diffusers or transformers folder: one, a half-precision variant, or its shards."""
+    for name in (stem, f"{stem}.fp16", f"{stem}.bf16"):
         if (where / f"{name}.safetensors").exists():
             return [where / f"{name}.safetensors"]
-    for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors.index.fp16.json"):
+    for name in (f"{stem}.safetensors.index.{variant}json" for variant in ("", "fp16.", "bf16.")):
         if (where / name).exists():
             index = read_json(where / name)
             names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else set()

@@ -155,7 +155,7 @@ class Train(Stage):
             loop.log.rewind(0)  # what an attempt wrote that was killed before its first checkpoint
         loop.run()
         self._refuse_diverged(loop)
-        facts = self._facts(run, teacher, data if method.needs else None)
+        facts = self._facts(run, teacher, data if method.needs else None) | self._finished(loop, source)
         if method.makes == "teacher":
             save_teacher(loop.student, folder / "model", facts)
         else:
@@ -264,6 +264,11 @@ class Train(Stage):
                 f"step {loop.step}: {what}: loss or gradient was not finite, and no model was written; the checkpoints "
                 f"are in {loop.checkpoints.folder}; lower loop.optim.lr or set loop.clip, then --from {self.name}"
             )
+
+    def _finished(self, loop: Loop, source: Rows | None) -> dict[str, Any]:
+        """What the method has to say of the network that it made; see `Method.finish`."""
+        rows = torch.arange(loop.drawn, loop.drawn + min(PREVIEW_ROWS, self.loop.batch))
+        return loop.method.finish(loop.student.eval(), loop.batch_of(rows, {} if source is None else source.get(rows)))
 
     def _distance(self, device: str, codec: Codec | None) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The perceptual distance of two samples, of what latents decode to."""

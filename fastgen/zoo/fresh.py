@@ -1,7 +1,7 @@
 """A published architecture with random weights, as the denoiser and codec that its checkpoint would give.
 
-The tokenizer has one token a letter, since the vocabulary is data of the checkpoint's; the text is padded to the
-same 77 tokens either way.
+The tokenizers have one token a letter, since the vocabulary is data of the checkpoint's; the text is padded to the
+same 77 or 300 tokens either way. The instruction that SANA's encoder reads besides has a token a line.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ import torch
 from torch import nn
 
 from fastgen import files
+from fastgen.codecs.parts import PipelineCodec
+from fastgen.codecs.sana import INSTRUCTION, SanaCodec
 from fastgen.codecs.stable_diffusion import StableDiffusionCodec
+from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError, suggestion
+from fastgen.paths import Prediction, RectifiedFlow
 from fastgen.schedulers import read_scheduler
+from fastgen.teachers.sana import SanaDenoiser
 from fastgen.teachers.stable_diffusion import StableDiffusionDenoiser
-from fastgen.zoo.stable_diffusion import ARCHITECTURES
+from fastgen.zoo import sana, stable_diffusion
 
+ARCHITECTURES = stable_diffusion.ARCHITECTURES | sana.ARCHITECTURES
 START, END = 49406, 49407  # of CLIP's vocabulary
+NETWORKS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2")
+MARKS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # the first of Gemma's vocabulary
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -31,45 +39,46 @@ def architecture(name: str) -> dict[str, Any]:
     return ARCHITECTURES[name]
 
 
-def build(name: str, device: torch.device | str = "cpu") -> StableDiffusionDenoiser:
+def build(name: str, device: torch.device | str = "cpu") -> Denoiser:
     """Random weights in float32 on a device ("meta": the architecture alone), by torch's global generator."""
     configs, device = architecture(name), torch.device(device)
     folder = tempfile.TemporaryDirectory(prefix="fastgen-")
     where = Path(folder.name)
     write_configs(where, configs)
-    side = configs["unet"]["sample_size"]
-    shape = (configs["unet"]["in_channels"], side, side)
-    convention = read_scheduler(where / "scheduler" / "scheduler_config.json")
-    codec = FreshCodec(folder, configs, shape, device)
-    return StableDiffusionDenoiser(
-        network("unet", configs["unet"], device), codec=codec, shape=shape, **vars(convention)
-    )
+    part = "transformer" if "transformer" in configs else "unet"
+    side, net = configs[part]["sample_size"], network(part, configs[part], device)
+    shape = (configs[part]["in_channels"], side, side)
+    codec: Any = SanaCodec(where, shape) if part == "transformer" else StableDiffusionCodec(where, shape)
+    _fill(codec, folder, configs, device)
+    if part == "unet":
+        convention = read_scheduler(where / "scheduler" / "scheduler_config.json")
+        return StableDiffusionDenoiser(net, codec=codec, shape=shape, **vars(convention))
+    scale = 1000 * configs[part].get("timestep_scale", 1.0)
+    flow = Prediction(kind="flow")
+    return SanaDenoiser(net, RectifiedFlow(), flow, codec=codec, shape=shape, time_scale=scale)
 
 
-class FreshCodec(StableDiffusionCodec):
-    """The codec of a folder that holds configs and a tokenizer, and no weights: networks are made, not read."""
-
-    def __init__(
-        self, folder: tempfile.TemporaryDirectory[str], configs: dict[str, Any], shape: tuple[int, ...], device: Any
-    ) -> None:
-        super().__init__(Path(folder.name), shape)
-        self._keep = folder  # removed when the codec is
-        self.to(device)
-        for part in ("text_encoder", "text_encoder_2", "vae"):
-            if part in configs:
-                self._parts[part] = network(part, configs[part], torch.device(device))
+def _fill(
+    codec: PipelineCodec, folder: tempfile.TemporaryDirectory[str], configs: dict[str, Any], device: torch.device
+) -> None:
+    """Networks that are made, not read, for the codec of a folder of configs, which goes when the codec does."""
+    codec.keep = folder
+    codec.to(device)
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        if part in configs:
+            codec.put(part, network(part, configs[part], device))
 
 
 def network(part: str, config: dict[str, Any], device: torch.device) -> nn.Module:
     """One network by its config, frozen, in eval mode."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model
 
     with torch.device(device):
-        if part == "unet":
-            made: nn.Module = UNet2DConditionModel.from_config(config)
-        elif part == "vae":
-            made = AutoencoderKL.from_config(config)
+        if not part.startswith("text_encoder"):
+            made: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        elif config.get("model_type") == "gemma2":
+            made = Gemma2Model(Gemma2Config(**config))
         else:
             kind: Any = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
             made = kind(CLIPTextConfig(**config))
@@ -78,17 +87,32 @@ def network(part: str, config: dict[str, Any], device: torch.device) -> nn.Modul
 
 def write_configs(folder: Path, configs: dict[str, Any]) -> None:
     """What a pipeline's folder holds beside weights."""
-    encoders = [part for part in ("text_encoder", "text_encoder_2") if part in configs]
-    tokenizers = [part.replace("text_encoder", "tokenizer") for part in encoders]
-    for part in ("unet", "vae", "scheduler", *encoders, *tokenizers):
+    parts = [part for part in NETWORKS if part in configs]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
+    for part in (*parts, "scheduler", *tokenizers):
         (folder / part).mkdir()
-    for part in ("unet", "vae", *encoders):
+    for part in parts:
         files.write_json(folder / part / "config.json", configs[part])
     scheduler = {"_class_name": "DDIMScheduler", **configs["scheduler"]}
     files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     for part in tokenizers:
-        _write_tokenizer(folder / part)
-    _write_index(folder, encoders, tokenizers)
+        (_write_gemmas if "transformer" in configs else _write_clips)(folder / part)
+    if "transformer" in configs:
+        _write_sana_index(folder)
+    else:
+        _write_index(folder, [part for part in parts if part.startswith("text_encoder")], tokenizers)
+
+
+def _write_sana_index(folder: Path) -> None:
+    index = {
+        "_class_name": "SanaPipeline",
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderDC"],
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "GemmaTokenizerFast"],
+    }
+    files.write_json(folder / "model_index.json", index)
 
 
 def _write_index(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str]) -> None:
@@ -108,7 +132,7 @@ def _write_index(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str
     files.write_json(folder / "model_index.json", index)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_clips(folder: Path) -> None:
     """CLIP's byte-level tokenizer without merges: a letter is a token, start and end are where CLIP has them."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]  # stand-ins of the 256 bytes (GPT-2)
@@ -117,3 +141,17 @@ def _write_tokenizer(folder: Path) -> None:
     files.write_json(folder / "vocab.json", vocabulary)
     files.write_atomic(folder / "merges.txt", "#version: 0.2\n")
     files.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
+
+
+def _write_gemmas(folder: Path) -> None:
+    gemma_tokenizer().save_pretrained(folder)
+
+
+def gemma_tokenizer() -> Any:
+    """Gemma's tokenizer without merges: the marks, single bytes, and the lines of SANA's instruction."""
+    from transformers import AddedToken, GemmaTokenizer
+
+    words = [*MARKS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], add_bos_token=True)
+    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in INSTRUCTION.split("\n")])
+    return tokenizer

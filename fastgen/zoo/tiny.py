@@ -13,8 +13,8 @@ import torch
 
 from fastgen import files
 from fastgen.errors import UserError, suggestion
-from fastgen.zoo.fresh import network, write_configs
-from fastgen.zoo.stable_diffusion import ARCHITECTURES
+from fastgen.zoo import sana
+from fastgen.zoo.fresh import ARCHITECTURES, NETWORKS, network, write_configs
 
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}  # stock code tells XL's two apart by them
 POOLED = 32
@@ -31,7 +31,7 @@ def folder_of(name: str, cache: Path) -> Path:
         with files.atomic_folder(folder) as temporary, torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             write_configs(temporary, configs)
-            for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            for part in NETWORKS:
                 if part in configs:
                     made: Any = network(part, configs[part], torch.device("cpu"))
                     made.save_pretrained(temporary / part)
@@ -40,6 +40,8 @@ def folder_of(name: str, cache: Path) -> Path:
 
 def shrunk(configs: dict[str, Any]) -> dict[str, Any]:
     """The same configs with few channels, layers and pixels."""
+    if "transformer" in configs:
+        return sana.shrunk(configs)
     unet, vae = configs["unet"], configs["vae"]
     encoders = [part for part in ("text_encoder", "text_encoder_2") if part in configs]
     changes = {

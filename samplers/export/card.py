@@ -33,6 +33,7 @@ class Told:
     error: float
     text: bool
     base: str
+    guidance: float | None = None  # the weight of a network that is told it
 
 
 def card(told: Told) -> str:
@@ -69,10 +70,21 @@ def _head(told: Told) -> dict[str, Any]:
 
 def _paragraphs(told: Told) -> Iterator[str]:
     steps = ", ".join(str(n) for n in told.entry.steps)
-    more = "more raise an error" if told.entry.guarded else "the scheduler accepts more, which were not trained"
+    more = _beyond(told.entry)
     if told.kind == "diffusers":
         yield f"Steps: {steps}; {more}. The folder carries its scheduler."
-        if told.text:
+        if told.guidance is not None:
+            entrance = "guidance_embeds" if told.entry.scheduler == "SCMScheduler" else "time_cond_proj_dim"
+            yield (
+                f"Guidance is an input of the network (`{entrance}`): `guidance_scale` is {told.guidance:g} "
+                f"above{_trained(told.facts)}. It costs nothing: the network is called once a step."
+            )
+            if told.entry.scheduler == "SCMScheduler":
+                yield (
+                    "The pipeline's own call makes two steps. For any other number it must be told "
+                    "`intermediate_timesteps=None`, else it raises an error."
+                )
+        elif told.text:
             yield (
                 "Guidance is part of the weights and off in the network (`time_cond_proj_dim`): whatever "
                 "`guidance_scale` a diffusers pipeline is called with, it calls the network once a step."
@@ -88,7 +100,35 @@ def _paragraphs(told: Told) -> Iterator[str]:
         yield "Licence: none is known of the teacher; its terms apply."
 
 
+def _beyond(entry: Replay) -> str:
+    """What happens at other numbers of steps."""
+    if not entry.guarded:
+        return "the scheduler accepts more, which were not trained"
+    most = entry.most
+    others = f"others up to {most} run at times of the training, and were not tried; " if _sparse(entry) else ""
+    return f"{others}more raise an error"
+
+
+def _sparse(entry: Replay) -> bool:
+    """Whether the scheduler accepts numbers of steps that the student's list leaves out."""
+    return entry.most is not None and entry.most > max(entry.steps)
+
+
+def _trained(facts: dict[str, Any]) -> str:
+    """The weights that the network was told in training, as the usual ones."""
+    config = facts.get("method_config")
+    if isinstance(config, dict) and isinstance(config.get("guidance"), list | tuple):  # sCM
+        return f", {', '.join(f'{weight:g}' for weight in config['guidance'])} were trained"
+    low, high = (config.get(name) if isinstance(config, dict) else None for name in ("w_min", "w_max"))
+    return "" if low is None or high is None else f", {1 + low:g} .. {1 + high:g} were trained"
+
+
 def _elsewhere(told: Told) -> list[str]:
+    if told.guidance is not None:
+        return [
+            "ComfyUI, A1111 (not tried here): no layout of theirs that we know has a place for the guidance input.",
+            "",
+        ]
     ours = f"| diffusers (replayed) | `num_inference_steps` {told.entry.steps[0]} | {told.entry.scheduler}, as above"
     rows = ["| program | steps | sampler | no guidance is |", "|---|---|---|---|", f"{ours} | `guidance_scale=1.0` |"]
     if told.entry.whole is None and told.entry.output_scale == 1:
@@ -98,7 +138,8 @@ def _elsewhere(told: Told) -> list[str]:
             f"| ComfyUI (not tried here) | `steps` {steps} | `{comfy}`, scheduler `sgm_uniform` | `cfg` 1.0 |",
             f"| A1111 (not tried here) | Sampling steps {steps} | {web}, Schedule type SGM Uniform | CFG Scale 1 |",
         ]
-        return [*rows, ""]
+        near = ["", "Beyond one step their times, evenly spaced, are only near those of the training."]
+        return [*rows, *(near if _sparse(told.entry) else []), ""]
     first = "none of theirs begins at its noise level" if told.entry.whole is not None else "none of theirs is its own"
     return [*rows, f"| ComfyUI, A1111 (not tried here) | - | {first} | `cfg` 1.0, CFG Scale 1 |", ""]
 

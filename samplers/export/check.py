@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen.cond import Cond
 from fastgen.denoiser import Denoiser
 from fastgen.samplers import few_step
-from fastgen.samplers.export.snippet import PROMPT, Snippet, placed
+from fastgen.samplers.export.snippet import LABEL, PROMPT, Snippet, placed
 from fastgen.student import SamplerSpec
 
 LIMIT = 2e-3  # of pixels in [0, 1], in float32
@@ -26,6 +26,8 @@ def own_images(denoiser: Denoiser, spec: SamplerSpec, dtype: torch.dtype) -> dic
     """
     codec = denoiser.codec
     cond: Cond = codec.encode_prompts([PROMPT]) if codec is not None else None
+    if denoiser.num_classes is not None:
+        cond = {"label": torch.full((1,), LABEL, device=denoiser.device)}
     found = {}
     for steps in sorted(spec.times):
         generator = torch.Generator().manual_seed(0)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from fastgen import files
+from fastgen.codecs.sana import SanaCodec
 from fastgen.codecs.stable_diffusion import TEXT_PARTS, StableDiffusionCodec
 from fastgen.denoiser import Denoiser
+from fastgen.samplers import cm
 from fastgen.samplers.export import ldm
+from fastgen.teachers.stable_diffusion import GUIDANCE_DIM
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CLASSES = {
@@ -24,8 +27,6 @@ CLASSES = {
     "text_encoder_2": "CLIPTextModelWithProjection",
     "vae": "AutoencoderKL",
 }
-# What LCM's own students have (2310.04378). Any number would do: it is multiplied by zeros.
-GUIDANCE_DIM = 256
 Tensors = dict[str, Tensor]
 
 
@@ -40,23 +41,32 @@ def network_tensors(denoiser: Denoiser, output_scale: float = 1.0) -> Tensors:
 
 
 def write_pixels(folder: Path, denoiser: Denoiser, tensors: Tensors, scheduler: Any, dtype: str) -> None:
-    """unet/, scheduler/ and the model_index.json of an unconditional pipeline."""
+    """unet/, scheduler/ and the model_index.json of a pipeline of pixels."""
     _write_unet(folder / "unet", denoiser, tensors, dtype)
-    name = "DDIMPipeline" if type(scheduler).__name__ == "DDIMScheduler" else "DDPMPipeline"
+    known = {"DDIMScheduler": "DDIMPipeline", cm.SCHEDULER: cm.PIPELINE}
+    name = known.get(type(scheduler).__name__, "DDPMPipeline")
     _finish(folder, name, {"unet": ["diffusers", "UNet2DModel"]}, scheduler)
 
 
 def write_stable_diffusion(
-    folder: Path, denoiser: Denoiser, tensors: Tensors, scheduler: Any, dtype: str, *, guided: bool = False
+    folder: Path,
+    denoiser: Denoiser,
+    tensors: Tensors,
+    scheduler: Any,
+    dtype: str,
+    *,
+    guided: bool = False,
+    told: bool = False,
 ) -> None:
     """All parts of StableDiffusionPipeline or of XL's, the safety checker left out.
 
-    Unless `guided`, the network says that it takes the guidance weight as an input, and multiplies it by zeros: then no
-    stock pipeline doubles the batch for guidance, whatever weight it is called with.
+    Unless `guided`, the network says that it takes the guidance weight as an input: then no stock pipeline doubles the
+    batch for guidance, whatever weight it is called with. It multiplies it by zeros, but for a network that is `told`
+    its weight: that one's input is the real one, and LCM's own pipeline its place (XL has no other than its usual one).
     """
     codec = denoiser.codec
     assert isinstance(codec, StableDiffusionCodec)
-    _write_unet(folder / "unet", denoiser, tensors, dtype, takes_guidance=not guided)
+    _write_unet(folder / "unet", denoiser, tensors, dtype, takes_guidance=not guided, told=told)
     for name, module in codec.modules().items():
         config = files.read_json(codec.folder / name / "config.json")
         stem = "diffusion_pytorch_model" if name == "vae" else "model"
@@ -65,8 +75,7 @@ def write_stable_diffusion(
             # The names that every transformers reads: since 5.6 it drops the first word of its own accord.
             head = "text_projection."
             own = {key if key.startswith(head) else f"text_model.{ldm.bare(key)}": own[key] for key in own}
-            config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-            config |= {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+            config = _plain_text_config(config, dtype)
         write_network(folder / name, own, config, stem=stem, dtype=dtype)
     parts = [name for name in (*TEXT_PARTS, "vae") if (codec.folder / name).is_dir()]
     for name in (name for name in parts if name.startswith("tokenizer")):
@@ -79,7 +88,34 @@ def write_stable_diffusion(
         _finish(folder, "StableDiffusionXLPipeline", index | {"force_zeros_for_empty_prompt": True}, scheduler)
     else:
         unsafe = {"safety_checker": [None, None], "requires_safety_checker": False}
-        _finish(folder, "StableDiffusionPipeline", index | unsafe, scheduler)
+        name = "LatentConsistencyModelPipeline" if told else "StableDiffusionPipeline"
+        _finish(folder, name, index | unsafe, scheduler)
+
+
+def write_sana(folder: Path, denoiser: Denoiser, tensors: Tensors, scheduler: Any, dtype: str) -> None:
+    """All parts of SanaSprintPipeline."""
+    codec, net = denoiser.codec, denoiser.net
+    assert isinstance(codec, SanaCodec)
+    config: Any = net
+    stem = "diffusion_pytorch_model"
+    write_network(folder / "transformer", tensors, json.loads(config.to_json_string()), stem=stem, dtype=dtype)
+    for name, module in codec.modules().items():
+        config = files.read_json(codec.folder / name / "config.json")
+        if name == "text_encoder":
+            config = _plain_text_config(config, dtype)
+        write_network(
+            folder / name, dict(module.state_dict()), config, stem=stem if name == "vae" else "model", dtype=dtype
+        )
+    _copy_words(codec.folder / "tokenizer", folder / "tokenizer")
+    index = {"transformer": ["diffusers", "SanaTransformer2DModel"], "vae": ["diffusers", "AutoencoderDC"]}
+    index |= {"text_encoder": ["transformers", "Gemma2Model"], "tokenizer": ["transformers", "GemmaTokenizerFast"]}
+    _finish(folder, "SanaSprintPipeline", index, scheduler)
+
+
+def _plain_text_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A text encoder's config with the precision of its export, under the name that every transformers reads."""
+    kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    return kept | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
 
 
 def write_network(folder: Path, tensors: Tensors, config: Mapping[str, Any], *, stem: str, dtype: str) -> None:
@@ -105,16 +141,22 @@ def says_size(denoiser: Denoiser) -> bool:
 
 
 def _write_unet(
-    folder: Path, denoiser: Denoiser, tensors: Tensors, dtype: str, *, takes_guidance: bool = False
+    folder: Path,
+    denoiser: Denoiser,
+    tensors: Tensors,
+    dtype: str,
+    *,
+    takes_guidance: bool = False,
+    told: bool = False,
 ) -> None:
     net: Any = denoiser.net
     config = json.loads(net.to_json_string())
     if says_size(denoiser):
         sides = denoiser.shape[1:]
         config["sample_size"] = sides[0] if sides[0] == sides[1] else list(sides)
-    if takes_guidance and config.get("time_cond_proj_dim") is None:
-        config["time_cond_proj_dim"] = GUIDANCE_DIM
-        zeros = torch.zeros(net.time_embedding.linear_1.in_features, GUIDANCE_DIM)
+    if takes_guidance and not told:
+        config["time_cond_proj_dim"] = width = config.get("time_cond_proj_dim") or GUIDANCE_DIM
+        zeros = torch.zeros(net.time_embedding.linear_1.in_features, width)
         tensors = tensors | {"time_embedding.cond_proj.weight": zeros}
     write_network(folder, tensors, config, stem="diffusion_pytorch_model", dtype=dtype)
 
@@ -123,7 +165,7 @@ def _copy_words(source: Path, folder: Path) -> None:
     """A tokenizer's files."""
     folder.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        if file.suffix in (".json", ".txt"):
+        if file.suffix in (".json", ".txt", ".model"):
             shutil.copyfile(file, folder / file.name)
 
 

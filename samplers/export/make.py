@@ -16,15 +16,23 @@ from torch import Tensor
 from fastgen import files, sources
 from fastgen.denoiser import Denoiser
 from fastgen.errors import RunFailed, UserError, suggestion
+from fastgen.samplers import scm
 from fastgen.samplers.export import check, folder, ldm, snippet
 from fastgen.samplers.export.card import Told, card
 from fastgen.samplers.export.lora_keys import FILE, HALVES, Keys, lora_file
+from fastgen.samplers.fold import alone, fold_gap
 from fastgen.samplers.replay import Replay, pipeline_of, replay
 from fastgen.student import Adapters, Student
 
 logger = logging.getLogger("fastgen")
 Kind = Literal["diffusers", "lora", "single-file"]
 WEIGHTS = "model.safetensors"
+# What the pipelines of networks that are told their guidance take it to be if nothing is said.
+USUAL_GUIDANCE = {
+    "LatentConsistencyModelPipeline": 8.5,
+    "StableDiffusionXLPipeline": 5.0,
+    scm.PIPELINE: 4.5,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,11 @@ class Job:
         return self.pipeline != "pixels"
 
     @property
+    def guidance(self) -> float | None:
+        """The weight of a network that is told it; None for all others."""
+        return self.student.sampler.guidance
+
+    @property
     def base(self) -> str:
         """What a LoRA is added to, and whose configs go with a single file: as asked, else as far as the facts tell."""
         if self.asked_base is not None:
@@ -73,14 +86,26 @@ class Job:
         """Height and width in pixels where they are not what the base model makes by itself."""
         net: Any = self.denoiser.net
         own, codec = net.config.sample_size, self.denoiser.codec
+        if self.pipeline == scm.PIPELINE:  # which makes 1024 x 1024 of its own accord, whatever the network says
+            own = 1024 // getattr(codec, "factor", 1) if own == 32 else (0, 0)
         sides = (own, own) if isinstance(own, int) else tuple(own)
         assert codec is not None
         return None if tuple(self.denoiser.shape[1:]) == sides else codec.image_shape[1:]  # type: ignore[return-value]
 
+    @property
+    def noise(self) -> torch.dtype:
+        """The precision in which the stock pipeline draws its noise."""
+        return torch.float32 if self.pipeline == scm.PIPELINE else folder.DTYPES[self.dtype]
+
     def snippet(self) -> snippet.Snippet:
         if self.kind == "diffusers":
-            size = None if folder.says_size(self.denoiser) else self.size
-            return snippet.diffusers_folder(self.entry, self.dtype, text=self.text, size=size)
+            says = self.pipeline != scm.PIPELINE and folder.says_size(self.denoiser)
+            size = None if says else self.size
+            weight = None if USUAL_GUIDANCE.get(self.pipeline) == self.guidance else self.guidance
+            labels = self.denoiser.num_classes is not None
+            return snippet.diffusers_folder(
+                self.entry, self.dtype, text=self.text, size=size, guidance=weight, labels=labels
+            )
         if self.kind == "lora":
             return snippet.lora(self.entry, self.dtype, self.pipeline, self.size)
         return snippet.single_file(self.entry, self.dtype, self.pipeline, WEIGHTS, self.size)
@@ -96,6 +121,7 @@ class Job:
             error=error,
             text=self.text,
             base=self.base,
+            guidance=self.guidance,
         )
 
 
@@ -107,24 +133,27 @@ def export(
     keys: str | None = None,
     dtype: str = "fp32",
     base: str | None = None,
+    steps: int | None = None,
     device: str = "cpu",
 ) -> Exported:
     """Make the folder `out` of a student folder: a whole diffusers pipeline, a LoRA file, or a single file.
 
     keys   of a LoRA file, "kohya" (default) or "peft"
     base   the folder or hub id of the base model, for the line of a LoRA or a single file and its card
+    steps  of a student whose network is told how far it steps: the only number of steps that the export is for
     dtype  "fp32", where images that differ by more than 2e-3 are RunFailed, or "fp16" / "bf16", whose error is told
     What the student or the layout does not allow is a UserError, before anything is written.
     """
     if base is not None and kind == "diffusers":
         raise UserError(f"--base {base}: a diffusers folder is whole; it goes with --to lora and --to single-file")
-    job = replace(_job(Student.load(student), str(student), kind, Path(out), keys, dtype), asked_base=base)
+    job = _job(_for(Student.load(student), steps), str(student), kind, Path(out), keys, dtype)
+    job = replace(job, asked_base=base)
     job.denoiser.to(device).eval().requires_grad_(False)
     if job.denoiser.codec is not None:
         job.denoiser.codec.to(device)
     files.make_folder(job.out.parent)
     with files.atomic_folder(job.out) as place, _scratch(job.out) as original:
-        ours = check.own_images(job.denoiser, job.student.sampler, folder.DTYPES[dtype])
+        ours = check.own_images(job.denoiser, job.student.sampler, job.noise)
         _write(job, place, original)
         job.denoiser.to("meta")  # its weights are on the disk now, and the stock pipeline needs their memory
         if job.denoiser.codec is not None:
@@ -136,6 +165,13 @@ def export(
             "base model %s: not found from here; name its folder or hub id with --base, or mend the line", job.base
         )
     return Exported(folder=job.out, line=job.snippet().line(str(job.out), job.base), error=error)
+
+
+def _for(student: Student, steps: int | None) -> Student:
+    """The student for one of its step counts, where an export can hold no more than one."""
+    if steps is not None and not student.sampler.two_time:
+        raise UserError(f"--steps {steps}: this student's export serves all of its step counts; leave it off")
+    return replace(student, sampler=alone(student.sampler, steps))
 
 
 @contextmanager
@@ -159,16 +195,22 @@ def _job(student: Student, name: str, kind: str, out: Path, keys: str | None, dt
         raise UserError(f"--keys {keys}: names the tensors of --to lora, one of {', '.join(get_args(Keys))}")
     if out.suffix == ".safetensors":
         raise UserError(f"{out}: OUT is a folder, which gets the weights and a card; leave out the ending")
-    pipeline = pipeline_of(student.denoiser)
+    told = student.sampler.guidance is not None
+    pipeline = pipeline_of(student.denoiser, told=told)
     entry = replay(student.denoiser, student.sampler)
     assert pipeline is not None  # else there is no replay
-    if kind != "diffusers" and pipeline == "pixels":
+    if kind != "diffusers" and pipeline in ("pixels", scm.PIPELINE):
         raise UserError(
             f"--to {kind}: a layout of Stable Diffusion; this {student.denoiser.family} goes --to diffusers"
         )
     if pipeline != "pixels" and not getattr(student.denoiser.codec, "reads_text", False):
         raise UserError(
             f"{name}: no text encoder or no VAE in it, which every export needs; put those of its teacher there"
+        )
+    if kind == "single-file" and told:
+        raise UserError(
+            "--to single-file: the network takes guidance as an input, which this layout has no place for; "
+            "use --to diffusers"
         )
     if kind == "lora" and student.adapters is None:
         raise UserError(
@@ -183,10 +225,17 @@ def _job(student: Student, name: str, kind: str, out: Path, keys: str | None, dt
 def _write(job: Job, place: Path, base: Path) -> None:
     """The export's files into `place`, and into `base` what its snippet needs beside them."""
     denoiser = job.denoiser
+    if job.entry.gap is not None:
+        fold_gap(denoiser, job.entry.gap)
     tensors = folder.network_tensors(denoiser, job.entry.output_scale)
     if job.kind == "diffusers":
-        write = folder.write_stable_diffusion if job.text else folder.write_pixels
-        write(place, denoiser, tensors, job.entry.make(), job.dtype)
+        if job.pipeline == scm.PIPELINE:
+            folder.write_sana(place, denoiser, tensors, job.entry.make(), job.dtype)
+        elif job.text:
+            told = job.guidance is not None
+            folder.write_stable_diffusion(place, denoiser, tensors, job.entry.make(), job.dtype, told=told)
+        else:
+            folder.write_pixels(place, denoiser, tensors, job.entry.make(), job.dtype)
         return
     if job.kind == "lora":
         assert job.student.adapters is not None

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from fastgen.samplers import scm
 from fastgen.samplers.export.lora_keys import FILE
 from fastgen.samplers.replay import Replay
 
 HERE, BASE = "PATH_OF_THIS_FOLDER", "BASE_MODEL"
 PROMPT = "a red fox in the snow"
+LABEL = 0
 TORCH = {"fp16": "torch.float16", "bf16": "torch.bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snippet:
-    """`setup` makes `pipe`; `call(n)` makes `image` in n steps. No line holds a block, so they may be joined by `;`."""
+    """`setup` makes `pipe`; `call(n)` makes `image` in n steps. No line holds a block, so they may be joined by `;`.
+
+    besides: arguments of single numbers of steps
+    """
 
     setup: tuple[str, ...]
     arguments: tuple[str, ...]
     steps: tuple[int, ...]
+    besides: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def call(self, steps: int) -> str:
         """One image, its noise from a seeded generator of the CPU."""
-        prompt = [argument.format(steps=steps) for argument in self.arguments]
-        return f"image = pipe({', '.join([*prompt, 'generator=torch.Generator().manual_seed(0)'])}).images[0]"
+        told = [argument.format(steps=steps) for argument in self.arguments]
+        told += self.besides.get(steps, ())
+        return f"image = pipe({', '.join([*told, 'generator=torch.Generator().manual_seed(0)'])}).images[0]"
 
     def text(self) -> str:
         return "\n".join([*self.setup, self.call(self.steps[0])])
@@ -40,16 +48,34 @@ def placed(text: str, here: str, base: str) -> str:
     return text
 
 
-def diffusers_folder(entry: Replay, dtype: str, *, text: bool, size: tuple[int, int] | None) -> Snippet:
-    """Nothing but the folder and the number of steps, and the size where the folder cannot say it."""
+def diffusers_folder(
+    entry: Replay,
+    dtype: str,
+    *,
+    text: bool,
+    size: tuple[int, int] | None,
+    guidance: float | None = None,
+    labels: bool = False,
+) -> Snippet:
+    """Nothing but the folder and the number of steps, the size where the folder cannot say it, and a label.
+
+    guidance: the weight of a network that is told it, where its pipeline's own default is another.
+    """
     variant = "" if dtype == "fp32" else f', variant="{dtype}", torch_dtype={TORCH[dtype]}'
     setup = (
         "import torch",
         "from diffusers import DiffusionPipeline",
         f'pipe = DiffusionPipeline.from_pretrained("{HERE}"{variant})',
     )
-    arguments = (*_prompt(text), "num_inference_steps={steps}", *_sides(size))
-    return Snippet(setup=setup, arguments=arguments, steps=entry.steps)
+    weight = () if guidance is None else (f"guidance_scale={guidance!r}",)
+    label = (f"class_labels={LABEL}",) if labels else ()
+    arguments = (*_prompt(text), *label, "num_inference_steps={steps}", *weight, *_sides(size))
+    if entry.scheduler != "SCMScheduler":
+        return Snippet(setup=setup, arguments=arguments, steps=entry.steps)
+    # Otherwise that pipeline takes the nearest of its own sizes and scales the image afterwards.
+    arguments += ("use_resolution_binning=False",) if size is not None else ()
+    besides = {n: scm.arguments(n) for n in entry.steps}
+    return Snippet(setup=setup, arguments=arguments, steps=entry.steps, besides=besides)
 
 
 def lora(entry: Replay, dtype: str, pipeline: str, size: tuple[int, int] | None) -> Snippet:

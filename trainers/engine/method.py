@@ -164,6 +164,11 @@ class Method:
         """Figures that do fall as the method learns, from a fixed batch; called with every preview."""
         return {}
 
+    def finish(self, student: Denoiser, batch: Batch) -> dict[str, Any]:
+        """Called once, at the end, with the network that is about to be written, in eval mode, and rows that were not
+        trained on: facts that its folder shall tell. A RunFailed instead leaves no folder."""
+        return {}
+
 
 def methods() -> list[str]:
     """`ls trainers/`: the names of the methods."""
