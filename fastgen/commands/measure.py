@@ -88,7 +88,7 @@ def bench(
         str | None, typer.Option(metavar="MODEL", help="Measured in turns with MODEL; says speed-ups.")
     ] = None,
     random_weights: Annotated[
-        str | None, typer.Option(metavar="NAME", help="No checkpoint: sd15, sd21, sdxl, sana-0.6b or sana-1.6b; --vs too.")
+        str | None, typer.Option(metavar="NAME", help="No checkpoint: sd15, sd21, sdxl, sana-0.6b or -1.6b; --vs too.")
     ] = None,
     steps: Annotated[str | None, typer.Option(metavar="N,N", help="Default: all that a student was made for.")] = None,
     batch: Annotated[str, typer.Option(metavar="N,N")] = "1",

@@ -95,12 +95,15 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="The base model's folder or hub id, for the line of a LoRA or a single file.")
     ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="For students told how far they step: the one step count of this folder.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the replay runs.")] = "auto",
 ) -> None:
     """Make a student's folder for stock diffusers, replay it there, and print how to run it in one line of Python."""
     from fastgen.api import pick_device
     from fastgen.samplers.export.make import export as make
 
-    made = make(student, to, out, keys=keys, dtype=dtype, base=base, device=pick_device(device))
+    made = make(student, to, out, keys=keys, dtype=dtype, base=base, steps=steps, device=pick_device(device))
     logger.info("wrote %s; to run it:", made.folder)
     print(made.line)

@@ -208,7 +208,7 @@ def test_pixel_pipelines_do_not_scale_their_input():
         (Net(SD, "eps"), spec_of(SD, ((999.0,), (749.0, 499.0))), "begin at different times"),
         (Net(SD, "eps"), spec_of(SD, ((999.0, 499.0),), init="sigma", renoise=True), "runs in fastgen alone"),
         (Net(SD, "eps"), SamplerSpec(path=RF, times={1: (1.0,)}), "beyond the network's last noise level"),
-        (Net(SD, "eps"), spec_of(SD, ((999.0,),), two_time=True), "two times"),
+        (Net(SD, "eps"), spec_of(SD, ((999.0, 499.0),), two_time=True), "2 steps have the lengths 0.3187, 0.5889"),
         (Net(RF, "flow", time_scale=1000.0), grid(RF, 3), "whole numbers, 667 say"),
         (Net(RF, "flow", time_scale=1000.0), spec_of(RF, ((1.0, 0.6),)), "n a divisor of the network's time scale"),
         (Net(RectifiedFlow(sigma_min=1e-5), "flow", time_scale=1000.0), grid(RF, 1), "no stock scheduler runs a flow"),
