@@ -78,7 +78,7 @@ def test_files_are_found_by_their_path(tmp_path, monkeypatch):
         ("other.yaml", "other.yaml: no such file"),
         ("reflo", "did you mean 'reflow'"),
         ("reflow/mixtur", "did you mean 'reflow/mixture'"),
-        ("zzz", "known: flow_matching, flow_matching/default"),
+        ("zzz", "known: consistency, consistency/"),
     ):
         with pytest.raises(UserError, match=expected):
             find_config(name)
