@@ -38,7 +38,8 @@ class FlowMatching(Method):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.needs = frozenset({"x0"})
+        text = self.student.num_classes is None and self.student.has_null
+        self.needs = frozenset({"x0", "cond.text"} if text else {"x0"})
         if self.config.drop_label and self.student.num_classes is not None and not self.student.has_null:
             raise UserError("the network has labels, but none that means 'no label': set method.drop_label=0")
 
@@ -47,9 +48,11 @@ class FlowMatching(Method):
         return (Turn(trains=("student",), loss=self.loss),)
 
     def loss(self, batch: Batch) -> Loss:
-        cond = batch.cond if self.student.num_classes is not None else None
-        if cond is not None:
+        cond = batch.cond
+        if self.student.num_classes is not None:
             cond = conditions.replace(cond, self.student.null, batch.uniform("drop") < self.config.drop_label)
+        elif cond is not None:
+            cond = {name: value for name, value in cond.items() if name != "label"} or None
         u = batch.uniform("t") if self.config.times == "uniform" else batch.normal("t", ()).sigmoid()
         t = last_time(self.student.path) * u
         eps = batch.normal("eps", self.student.shape)

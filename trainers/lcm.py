@@ -57,6 +57,8 @@ class Lcm(Method):
                 raise ValueError(f"steps={max(self.steps)} of num_ddim_timesteps={self.num_ddim_timesteps} points")
             return self
 
+    experimental = "learning is seen on a tiny U-Net alone; never run on a published checkpoint"
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.needs = frozenset({"x0", "cond.text"})
