@@ -44,6 +44,11 @@ RUNS: dict[str, list[str]] = {
         "stages.scm.loop.optim={lr: 5e-4, betas: [0.0, 0.99]}",
         "stages.scm.loop.networks={heads: {lr: 1e-3, betas: [0.0, 0.99]}}",
     ],
+    "sCM, adaptive weight": [f"{METHOD}.weight={{}}"],
+    "sCM, adaptive weight at ten times the rate": [
+        f"{METHOD}.weight={{}}",
+        "stages.scm.loop.networks={weight: {lr: 1e-2}}",
+    ],
     "r = 0 throughout": [f"{METHOD}.tangent.warmup=1000000000"],
 }
 

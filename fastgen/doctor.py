@@ -53,6 +53,7 @@ OPTIONAL = {
     "fid": {"clean-fid": "cleanfid.fid", "torch-fidelity": "torch_fidelity"},
     "metrics": {"torchmetrics": "torchmetrics"},
     "3d": {"trimesh": "trimesh", "scikit-image": "skimage.measure", "scipy": "scipy.spatial", "xatlas": "xatlas"},
+    "jvp": {"jvp_flash_attention": "jvp_flash_attention.jvp_attention"},
     "data": {"pyarrow": "pyarrow.parquet"},
     "log": {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"},
     "8bit": {"bitsandbytes": "bitsandbytes"},

@@ -164,11 +164,12 @@ def _group_norm(
     x, dx = split(input)
     if dx is None or moves((weight, bias)):
         return func(input, num_groups, weight, bias, eps)
-    x, dx, sizes = x.contiguous(), dx.contiguous(), (*x.shape[:2], x[0, 0].numel(), num_groups)
-    out, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
+    x, dx = x.contiguous(), dx.contiguous()
+    n, channels, places = x.shape[0], x.shape[1], x[0, 0].numel()
+    out, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, places, num_groups, eps)
     with torch.no_grad():
         backward = torch.ops.aten.native_group_norm_backward
-        moved = backward(dx, x, mean, rstd, None, *sizes, (True, False, False))[0]
+        moved = backward(dx, x, mean, rstd, None, n, channels, places, num_groups, (True, False, False))[0]
         if weight is not None:
             moved.mul_(weight.view(-1, *[1] * (x.dim() - 2)))
     return forward_ad.make_dual(out, moved)

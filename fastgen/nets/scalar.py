@@ -60,4 +60,4 @@ def fold(module: nn.Linear, extra: Tensor) -> None:
     """Make a constant addition to a linear layer's output, [width], part of its bias: a stock network needs no more."""
     assert module.bias is not None
     with torch.no_grad():
-        module.bias += extra.to(module.bias)
+        module.bias.add_(extra.to(module.bias))

@@ -25,7 +25,7 @@ class LogVariance(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         phases = t[:, None] * self.frequencies.to(t.dtype)
-        level = t.tan().log()  # ln of noise over data: at small angles the loss is a power of it
+        level = t.tan().log() / 4  # ln of noise over data: at small angles the loss is a power of it
         features = torch.cat([level[:, None], t[:, None], phases.sin(), phases.cos()], dim=1)
         # Not a call of the layer: under autocast that would be in half precision, which is a percent of the loss.
         return (features.to(self.linear.weight.dtype) * self.linear.weight).sum(1) + self.linear.bias
