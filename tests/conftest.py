@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,12 @@ def pytest_configure() -> None:
     """A torchvision that does not fit would make hundreds of tests fail at an import, none naming the cause."""
     if problem := torchvision_problem():
         pytest.exit(problem, returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is never garbage: collections, which timed calls force, need not walk it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
