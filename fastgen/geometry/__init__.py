@@ -1,0 +1,1 @@
+"""Triangle meshes: extracted from voxels, cleaned, measured on grids, rendered and written, all without a GPU."""
