@@ -61,7 +61,18 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _teachers() -> list[dict[str, Any]]:
-    return [{"name": name, "about": _about(tree)} for name, tree in _modules("fastgen.teachers")]
+    """Files, and packages that read folders: what `teacher.families` finds."""
+    files = _folder("fastgen.teachers").glob("*/__init__.py")
+    packages = [(file.parent.name, ast.parse(file.read_text())) for file in files]
+    trees = [*_modules("fastgen.teachers"), *(row for row in packages if "recognises" in _names(row[1]))]
+    return [{"name": name, "about": _about(tree)} for name, tree in sorted(trees, key=lambda row: row[0])]
+
+
+def _names(tree: ast.Module) -> set[str]:
+    """What a module defines or imports at its top."""
+    imported = (alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names)
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return defined | {alias.asname or alias.name for alias in imported}
 
 
 def _samplers() -> list[dict[str, Any]]:

@@ -101,6 +101,22 @@ def _fetched(source: str) -> Path:
     return Path(folder)
 
 
+def hub_file(repository: str, name: str) -> Path:
+    """One file of a hub repository owner/name, from the local cache or fetched; a UserError where neither can be."""
+    from huggingface_hub import hf_hub_download
+
+    if not name.endswith((".json", ".safetensors")):
+        raise ValueError(f"{name}: only .json and .safetensors files are fetched")
+    try:
+        return Path(hf_hub_download(repository, name))
+    except Exception as error:  # offline, unknown, gated: no common base
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{repository}/{name}: neither a path here nor to be had from the hub ({type(error).__name__}: {reason}); "
+            f"offline, fetch {name} of {repository} elsewhere and put it under that path"
+        ) from error
+
+
 def _doubles(name: str, revision: str | None) -> list[str]:
     """What not to fetch: half-precision variants beside full ones, and single files beside the folders."""
     from huggingface_hub import HfApi

@@ -19,7 +19,7 @@ from fastgen.cond import Cond
 from fastgen.denoiser import GAP, GUIDANCE, Denoiser, View
 from fastgen.errors import UserError, suggestion
 from fastgen.files import is_complete, peek_json, read_json
-from fastgen.layout import wide
+from fastgen.layout import halves, twice, wide
 from fastgen.nets.weights import load_weights
 from fastgen.paths import Pair, Path
 from fastgen.sources import locate, origin
@@ -78,9 +78,9 @@ class Teacher(nn.Module):
                 return self.denoiser(x, t, cond, on=on)
             w = torch.where(inside, torch.as_tensor(w, dtype=wide(x).dtype, device=x.device), 1.0)
         null = self.denoiser.unconditional(cond)
-        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), conditions.concat(null, cond), on=on)
-        n = len(x)
-        return Pair(both.x0[:n], both.eps[:n]).lerp(Pair(both.x0[n:], both.eps[n:]), w)
+        both = self.denoiser(twice(x), twice(t), conditions.concat(null, cond), on=on)
+        (x0_null, x0), (eps_null, eps) = halves(both.x0, x), halves(both.eps, x)
+        return Pair(x0_null, eps_null).lerp(Pair(x0, eps), w)
 
     def _inside(self, t: Tensor, on: Path | None) -> Tensor:
         """Which samples lie in the guidance interval, bool [B]."""
@@ -111,10 +111,15 @@ class Teacher(nn.Module):
 
 
 def families() -> list[str]:
-    """The families of networks, by file name."""
+    """The families of networks: the files of `fastgen.teachers`, and those of its packages that can read a folder."""
     import fastgen.teachers
 
-    return sorted(module.name for module in pkgutil.iter_modules(fastgen.teachers.__path__))
+    found = pkgutil.iter_modules(fastgen.teachers.__path__)
+    return sorted(module.name for module in found if not module.ispkg or _reads(module.name))
+
+
+def _reads(package: str) -> bool:
+    return hasattr(importlib.import_module(f"fastgen.teachers.{package}"), "recognises")
 
 
 def family(name: str) -> ModuleType:

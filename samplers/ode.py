@@ -34,7 +34,8 @@ SOLVERS = {
 }
 Level = tuple[float, float]
 CLEAN: Level = (1.0, 0.0)
-Model = Callable[[Tensor, Tensor], Pair]
+Model = Callable[[Tensor, float], Pair]
+Guidance = float | Tensor | Callable[[float], float] | None
 
 
 def nfe(solver: str, steps: int) -> int:
@@ -55,7 +56,7 @@ def trajectory(
     steps: int | None = None,
     solver: str = "heun",
     cond: Cond = None,
-    guidance: float | Tensor | None = None,
+    guidance: Guidance = None,
     path: Path | None = None,
     times: Sequence[float] | None = None,
     init: Literal["sigma", "unit"] | None = None,
@@ -63,22 +64,27 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """The states [B, ...] of a run one by one, from the first (scaled noise) to the end point: steps + 1 of them.
 
-    path   on which x and times are meant; default the teacher's own
-    times  of evaluation, falling; default path.grid(steps). The last step ends at the levels `final`, by Euler
-    init   the first state is noise times sigma or ("unit") hypot(alpha, sigma) there; default path.init
+    path      on which x and times are meant; default the teacher's own
+    times     of evaluation, falling; default path.grid(steps). The last step ends at the levels `final`, by Euler
+    init      the first state is noise times sigma or ("unit") hypot(alpha, sigma) there; default path.init
+    guidance  a weight, one per sample [B], or what a time's is; default the teacher's own
     """
     _known(solver)
     if guidance is not None and not isinstance(teacher, Teacher):
         raise ValueError("guidance needs a Teacher, which knows the null condition")
     path = path or teacher.path
     times = _times(path, steps, times)
-    options = {"cond": cond, "on": path} | ({} if guidance is None else {"guidance": guidance})
     alphas, sigmas = path.levels(torch.tensor(times, dtype=torch.float64))
     levels = [*zip(alphas.tolist(), sigmas.tolist(), strict=True), final]
     x = noise * (levels[0][1] if (init or path.init) == "sigma" else math.hypot(*levels[0]))
     yield x
     run = {"euler": _euler, "heun": _heun}.get(solver, partial(_multistep, solver))
-    yield from run(partial(teacher, **options), x, times, levels)
+
+    def model(x: Tensor, time: float) -> Pair:
+        weight = guidance(time) if callable(guidance) else guidance
+        return teacher(x, times_of(x, time), cond=cond, on=path, **({} if weight is None else {"guidance": weight}))
+
+    yield from run(model, x, times, levels)
 
 
 def straightness(
@@ -135,16 +141,16 @@ def _at(pair: Pair, level: Level) -> Tensor:
 
 def _euler(model: Model, x: Tensor, times: Sequence[float], levels: list[Level]) -> Iterator[Tensor]:
     for time, following in zip(times, levels[1:], strict=True):
-        x = _at(model(x, times_of(x, time)), following)
+        x = _at(model(x, time), following)
         yield x
 
 
 def _heun(model: Model, x: Tensor, times: Sequence[float], levels: list[Level]) -> Iterator[Tensor]:
     for i, time in enumerate(times):
-        pair = model(x, times_of(x, time))
+        pair = model(x, time)
         ahead = _at(pair, levels[i + 1])
         if i + 1 < len(times):
-            mean = pair.lerp(model(ahead, times_of(x, times[i + 1])), 0.5)
+            mean = pair.lerp(model(ahead, times[i + 1]), 0.5)
             (alpha, sigma), (alpha_next, sigma_next) = levels[i], levels[i + 1]
             ahead = x + (alpha_next - alpha) * mean.x0 + (sigma_next - sigma) * mean.eps
         x = ahead
@@ -167,7 +173,7 @@ def _multistep(solver: str, model: Model, x: Tensor, times: Sequence[float], lev
         flow[0] = min(flow[0], 1 - 1e-6)  # as diffusers does: its corrector takes the logarithm of alpha
     scheduler.sigmas = torch.tensor(flow, dtype=torch.float32)
     for i, time in enumerate(times):
-        x0 = model(x, times_of(x, time)).x0
+        x0 = model(x, time).x0
         ahead = scheduler.step(x0, scheduler.timesteps[i], x / sum(levels[i])).prev_sample
         x = ahead * sum(levels[i + 1])
         yield x

@@ -52,7 +52,9 @@ def fill(net: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
         if tensor.shape != own[name].shape:
             shapes = f"{tuple(tensor.shape)}, the network's {tuple(own[name].shape)}"
             raise UserError(f"{file}: tensor '{name}' is {shapes}; config and weights do not match")
-    half = sorted({str(t.dtype) for t in tensors.values() if t.dtype in (torch.float16, torch.bfloat16)})
+    halves = (torch.float16, torch.bfloat16)
+    widened = (t for name, t in tensors.items() if t.dtype in halves and own[name].dtype not in halves)
+    half = sorted({str(t.dtype) for t in widened})
     if half:
         logger.warning("%s: %s weights, kept in float32 from here on", file, " and ".join(half))
     # A network on the meta device gets its memory here; one that is given `files.shapes_only` goes there.

@@ -96,7 +96,7 @@ def write_configs(folder: Path, configs: dict[str, Any]) -> None:
     scheduler = {"_class_name": "DDIMScheduler", **configs["scheduler"]}
     files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     for part in tokenizers:
-        (_write_gemmas if "transformer" in configs else _write_clips)(folder / part)
+        (_write_gemmas if "transformer" in configs else write_clip_tokenizer)(folder / part)
     if "transformer" in configs:
         _write_sana_index(folder)
     else:
@@ -132,7 +132,7 @@ def _write_index(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str
     files.write_json(folder / "model_index.json", index)
 
 
-def _write_clips(folder: Path) -> None:
+def write_clip_tokenizer(folder: Path) -> None:
     """CLIP's byte-level tokenizer without merges: a letter is a token, start and end are where CLIP has them."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]  # stand-ins of the 256 bytes (GPT-2)
