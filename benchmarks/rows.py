@@ -2,8 +2,8 @@
 
     python benchmarks/rows.py RUN [RUN ...]
 
-Cells of a check are "with labels / without"; a value that misses its bound is followed by `!`. Rows may stand in one table
-only if teacher and classifier agree, which is checked.
+Cells of a check are "with labels / without"; a value that misses its bound is followed by `!`. Rows may stand in one
+table only if teacher and classifier agree, which is checked.
 """
 
 from __future__ import annotations

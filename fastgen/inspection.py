@@ -9,6 +9,7 @@ from typing import Any
 from fastgen import files
 from fastgen.errors import UserError
 from fastgen.stages import records
+from fastgen.teachers import trellis
 
 # What only a model's folder has; one of these is enough.
 MODEL = ("fastgen.json", "model_index.json", "mixture.json", "config.json", "transformer/config.json")
@@ -24,6 +25,8 @@ def inspect(path: Path) -> dict[str, Any]:
         return {"kind": "stage", **_stage(path)}
     if (path / "manifest.json").exists():
         return _pairs(path)
+    if trellis.recognises(path):
+        return _trellis(path)
     return _model(path) if any((path / name).exists() for name in MODEL) else _data(path)
 
 
@@ -48,6 +51,26 @@ def _pairs(path: Path) -> dict[str, Any]:
     made = len(list(path.glob("shard-*.safetensors")))
     told = manifest.model_dump(mode="json")
     return {"kind": "pairs", "shards": f"{made} of {manifest.shards}", "journal_lines": len(journal), **told}
+
+
+def _trellis(path: Path) -> dict[str, Any]:
+    """What a TRELLIS folder says, and its networks, whose files are held against them by their headers."""
+    from fastgen.teachers.trellis.folder import TrellisFolder
+
+    folder, networks = TrellisFolder.read(path), {}
+    for role in folder.stems:
+        net, (_, weights) = folder.checked(role), folder.files(role)
+        count = sum(p.numel() for p in net.parameters())
+        networks[role] = {"class": type(net).__name__, "parameters": count, "bytes": weights.stat().st_size}
+    return {
+        "kind": "teacher",
+        "family": "trellis",
+        "condition": folder.condition,
+        "encoder": folder.encoder,
+        "networks": networks,
+        "structure_sampler": folder.structure.params,
+        "latent_sampler": folder.latent.params,
+    }
 
 
 def _model(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ APP = {
     "quickstart",
     "references",
     "samples",
+    "shapes",
     "stages",
 }
 # What `fastgen/__init__.py` takes from `fastgen.api` when asked: importing it is importing the app.

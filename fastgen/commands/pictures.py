@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,12 @@ def generate(
     model: Annotated[str, typer.Argument(help="A student or teacher: a folder, a .safetensors file or a hub id.")],
     prompt: Annotated[str | None, typer.Argument(help="For models that read text.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts: one image each.")] = None,
-    out: Annotated[Path, typer.Option(help="A .png (a grid if --num > 1) or a folder (one file per image).")] = Path(
-        "out.png"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .png (a grid if --num > 1) or a folder (one file per image); out.png. TRELLIS: see below."
+        ),
+    ] = None,
     num: Annotated[
         int | None, typer.Option(min=1, help="How many images (default: 1, or one for each prompt).")
     ] = None,
@@ -39,18 +42,65 @@ def generate(
     ] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Images made at once.")] = None,
     device: Annotated[str, typer.Option()] = "auto",
+    image: Annotated[
+        Path | None, typer.Option(help="TRELLIS: what to make a shape of (RGBA, or rembg cuts it).")
+    ] = None,
+    gaussians: Annotated[
+        bool, typer.Option("--gaussians", help="TRELLIS: Gaussians (.ply) instead of a mesh.")
+    ] = False,
+    encoder: Annotated[
+        Path | None, typer.Option(help="TRELLIS: the folder of the image or text encoder, if it is not in the cache.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="TRELLIS: fp32, fp16 or bf16.")] = None,
 ) -> None:
-    """Make images with a model."""
-    from fastgen import api, images
+    """Make images with a model, or shapes with TRELLIS: --out a .glb (out.glb), .obj, .ply, .gif, or a folder."""
+    from fastgen.commands import shapes
     from fastgen.data.prompts import read_prompts
+    from fastgen.sources import exists, locate
+    from fastgen.teachers import trellis
+
+    if prompt is not None and prompts is not None:
+        raise UserError("a prompt and --prompts: give one of them")
+    texts = read_prompts(prompts) if prompts is not None else None if prompt is None else [prompt]
+    both: dict[str, Any] = {
+        "texts": texts,
+        "num": num,
+        "steps": steps,
+        "seed": seed,
+        "guidance": guidance,
+        "device": device,
+    }
+    of_images: dict[str, Any] = {"label": label, "size": size, "solver": solver, "tiling": tiling, "batch": batch}
+    of_shapes: dict[str, Any] = {"image": image, "gaussians": gaussians, "encoder": encoder, "dtype": dtype}
+    folder = locate(model, config=config) if exists(model) else Path(model)
+    if trellis.recognises(folder):
+        shapes.refuse(of_images)
+        shapes.generate(folder, out or Path("out.glb"), **both, **of_shapes)
+        return
+    for option, value in of_shapes.items():
+        if value:
+            raise UserError(f"--{option}: of TRELLIS folders; {model} is none")
+    _images(model, config, out or Path("out.png"), **both, **of_images)
+
+
+def _images(
+    model: str,
+    config: Path | None,
+    out: Path,
+    *,
+    texts: list[str] | None,
+    num: int | None,
+    device: str,
+    size: str | None,
+    tiling: bool,
+    **options: Any,
+) -> None:
+    from fastgen import api, images
     from fastgen.files import make_folder, write_atomic
 
     grid = out.suffix.lower() == ".png" and not out.is_dir()
     if out.suffix and not grid and not out.is_dir():
         raise UserError(f"--out {out}: give a .png file or a folder")
-    if prompt is not None and prompts is not None:
-        raise UserError("a prompt and --prompts: give one of them")
-    texts = read_prompts(prompts) if prompts is not None else None if prompt is None else [prompt]
     if texts is not None and len(texts) > 1:
         texts = [texts[i % len(texts)] for i in range(num or len(texts))]
     loaded = api.load(model, config=config, device=device)
@@ -58,16 +108,7 @@ def generate(
         loaded.resize(*_sides(size))
     loaded.refuse_no_pictures()
     loaded.tile(tiling)
-    samples = loaded.sample(
-        num=num or len(texts or [0]),
-        prompts=texts,
-        label=label,
-        steps=steps,
-        seed=seed,
-        guidance=guidance,
-        solver=solver,
-        batch=batch,
-    )
+    samples = loaded.sample(num=num or len(texts or [0]), prompts=texts, **options)
     if grid:
         make_folder(out.parent)
         write_atomic(out, images.grid_png(samples))

@@ -1,0 +1,183 @@
+"""A TRELLIS folder as something that makes meshes: image or text -> occupied voxels -> latents -> mesh or Gaussians.
+
+One network is in memory at a time, unless it is told to keep them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgen import cond as conditions
+from fastgen import noise
+from fastgen.cond import Cond
+from fastgen.errors import RunFailed, UserError
+from fastgen.samplers import flow_euler
+from fastgen.samplers.flow_euler import FlowEuler
+from fastgen.sparse import Voxels
+from fastgen.teacher import Teacher
+from fastgen.teachers.trellis import PIPELINE
+from fastgen.teachers.trellis.conditions import ImageEncoder, TextEncoder
+from fastgen.teachers.trellis.flows import IMAGE, TEXT, FlowDenoiser
+from fastgen.teachers.trellis.folder import DECODERS, STRUCTURE_DECODER, Sampler, TrellisFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fastgen.geometry.mesh import Mesh
+
+logger = logging.getLogger("fastgen")
+TAG = "shape"
+TORSOS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Float32 numbers per voxel of the latent grid that the mesh decoder and the extraction hold at their peak, over the
+# width of the trunk: 64 fine voxels of an eighth of the width, a few times over (see `docs/trellis.md`).
+PEAK_PER_CHANNEL = 64 / 8 * 6
+
+
+class Shapes:
+    """A pipeline's folder on a device.
+
+    torso    what the networks' blocks compute in: "fp32", or on a GPU "fp16" (as released) or "bf16"
+    encoder  a transformers folder of the image or text encoder; None: by its name in pipeline.json
+    keep     keep every network that has been used: faster for many shapes, and all of them in memory
+    """
+
+    def __init__(
+        self,
+        folder: TrellisFolder,
+        *,
+        device: str = "cpu",
+        torso: str = "fp32",
+        encoder: Path | None = None,
+        keep: bool = False,
+    ) -> None:
+        if torso not in TORSOS:
+            raise UserError(f"dtype={torso}: not one of {', '.join(TORSOS)}")
+        if torso == "fp16" and device == "cpu":
+            raise UserError("dtype=fp16: the CPU's half precision is slow and untested; use fp32, or a GPU")
+        self.folder, self.device, self.keep = folder, device, keep
+        self.torso = TORSOS[torso]
+        self._kept: dict[Any, nn.Module] = {}
+        kind = ImageEncoder if folder.condition == IMAGE else TextEncoder
+        self.encoder: Any = kind(folder.encoder, folder=encoder, device=device)
+
+    def settings(self, stage: Sampler, name: str, **changes: Any) -> FlowEuler:
+        """A stage's sampler as the folder has it, with the changes that are not None."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        return flow_euler.from_pipeline(stage.name, {**stage.params, **given}, f"{self.folder.path / PIPELINE}: {name}")
+
+    def condition(self, asked: Sequence[Image] | Sequence[str]) -> Cond:
+        """Conditions of images, or of texts with the empty one's, and then the encoder is let go."""
+        cond = {self.folder.condition: self.encoder.encode(asked)}
+        if self.folder.condition == TEXT:
+            cond["empty"] = self.encoder.empty
+        if not self.keep:
+            self.encoder = type(self.encoder)(self.encoder.name, folder=self.encoder.folder, device=self.device)
+        return conditions.to(cond, "cpu")
+
+    @torch.inference_mode()
+    def structure(self, cond: Cond, *, seed: int = 0, first: int = 0, **changes: Any) -> Tensor:
+        """Occupied voxels of each condition, int32 [N, 4] = (sample, x, y, z), by the first stage.
+
+        changes: of the sampler's settings (steps, rescale_t, cfg_strength, cfg_interval). A sample without a voxel
+        is a RunFailed.
+        """
+        assert cond is not None
+        settings = self.settings(self.folder.structure, "sparse_structure_sampler", **changes)
+        model, told = self._flow("structure", cond)
+        n = len(told[self.folder.condition])
+        rows = torch.arange(first, first + n, device=self.device)
+        z = noise.normal(seed, f"{TAG}/structure", rows, model.shape)
+        latent = flow_euler.sample(model, z, settings, told)
+        del model
+        decoder = self._network(STRUCTURE_DECODER)
+        coords = (decoder(latent) > 0).nonzero()[:, [0, 2, 3, 4]].int()
+        filled = torch.bincount(coords[:, 0], minlength=n)
+        if not filled.all():
+            empty = int(filled.eq(0).nonzero()[0]) + first
+            raise RunFailed(f"shape {empty}: the structure stage filled no voxel; try another seed or other input")
+        logger.info("structure: %s voxels", ", ".join(map(str, filled.tolist())))
+        return coords
+
+    @torch.inference_mode()
+    def latents(self, cond: Cond, coords: Tensor, *, seed: int = 0, first: int = 0, **changes: Any) -> Voxels:
+        """Structured latents on these voxels by the second stage, in the decoders' scale; `changes` as above."""
+        assert cond is not None
+        settings = self.settings(self.folder.latent, "slat_sampler", **changes)
+        model, told = self._flow("latent", cond)
+        n = len(told[self.folder.condition])
+        if not len(coords):
+            raise UserError("no voxels: the structure is empty")
+        sites = coords.to(self.device)
+        counts = torch.bincount(sites[:, 0], minlength=n).tolist()
+        parts = [
+            noise.normal(seed, f"{TAG}/latent", torch.tensor([first + i], device=self.device), (count, *model.shape))[0]
+            for i, count in enumerate(counts)
+        ]
+        made = flow_euler.sample(model, Voxels(torch.cat(parts), sites, n), settings, told)  # type: ignore[arg-type]
+        mean, std = (torch.tensor([values], device=self.device) for values in (self.folder.mean, self.folder.std))
+        return made * std + mean  # type: ignore[return-value]
+
+    def meshes(self, latents: Voxels) -> list[Mesh]:
+        """The surface of each sample, z up, within [-0.5, 0.5]^3."""
+        self._refuse_too_many(latents)
+        return self._decoded("mesh", latents)
+
+    def gaussians(self, latents: Voxels) -> list[Any]:
+        """The 3D Gaussians of each sample (`teachers.trellis.gaussian_decoder.Gaussians`)."""
+        return self._decoded("gaussian", latents)
+
+    @torch.inference_mode()
+    def _decoded(self, kind: str, latents: Voxels) -> list[Any]:
+        decoder = self._network(DECODERS[kind])
+        return decoder.represent(decoder(latents))
+
+    def _flow(self, stage: str, cond: dict[str, Any]) -> tuple[Teacher, dict[str, Any]]:
+        """A stage's flow as a teacher, and the conditions on its device."""
+        made: FlowDenoiser = self._made(stage, partial(getattr(self.folder, f"{stage}_flow"), torso=self.torso))
+        told = dict(conditions.to(cond, self.device) or {})
+        made.empty = told.pop("empty", None)
+        return Teacher(made), told
+
+    def _network(self, role: str) -> Any:
+        return self._made(role, partial(self.folder.network, role, torso=self.torso))
+
+    def _made(self, key: str, load: Callable[..., Any]) -> Any:
+        if key in self._kept:
+            return self._kept[key]
+        if not self.keep:
+            self._kept.clear()
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
+        self._kept[key] = load(device=self.device)
+        return self._kept[key]
+
+    def _refuse_too_many(self, latents: Voxels) -> None:
+        """What the mesh will need at its peak, estimated before anything is computed; too much is a UserError."""
+        _, args, _ = self.folder.describe(DECODERS["mesh"])
+        need = int(len(latents.feats) * args["model_channels"] * PEAK_PER_CHANNEL * 4)
+        free = available_bytes(self.device)
+        logger.info("mesh: about %.1f GiB for %d voxels", need / 2**30, len(latents.feats))
+        if need > free:
+            told = f"needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
+            raise UserError(
+                f"{len(latents.feats)} voxels: their mesh {told}; make one shape at a time, or use a larger device"
+            )
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can be had now: of the GPU, or of the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
