@@ -13,7 +13,7 @@ import torch
 
 from fastgen import files
 from fastgen.errors import UserError, suggestion
-from fastgen.zoo import sana
+from fastgen.zoo import sana, trellis
 from fastgen.zoo.fresh import ARCHITECTURES, NETWORKS, network, write_configs
 
 WIDTHS = {"text_encoder": 32, "text_encoder_2": 48}  # stock code tells XL's two apart by them
@@ -22,10 +22,13 @@ POOLED = 32
 
 def folder_of(name: str, cache: Path) -> Path:
     """The folder of a tiny architecture, made where it is not there yet; unknown names are UserErrors."""
-    if name not in ARCHITECTURES:
-        raise UserError(f"zoo:{name}: no such architecture ({suggestion(name, ARCHITECTURES)})")
+    known = [*ARCHITECTURES, *trellis.FLOWS]
+    if name not in known:
+        raise UserError(f"zoo:{name}: no such architecture ({suggestion(name, known)})")
     folder = cache / "zoo" / f"{name}-tiny"
-    if not files.is_complete(folder):
+    if not files.is_complete(folder) and name in trellis.FLOWS:
+        trellis.write(folder, name)
+    elif not files.is_complete(folder):
         files.make_folder(folder.parent)
         configs = shrunk(ARCHITECTURES[name])
         with files.atomic_folder(folder) as temporary, torch.random.fork_rng(devices=[]):

@@ -191,6 +191,9 @@ def _fill_a_twentieth(net: Any, args: dict[str, Any]) -> None:
 
 def _tiny_encoder(folder: Path, told: dict[str, Any]) -> dict[str, str]:
     """The entry of pipeline.json for an encoder of 32 channels, which lies in the folder itself."""
+    from transformers.utils import logging as quiet
+
+    quiet.disable_progress_bar()
     if told["name"] == "TrellisImageTo3DPipeline":
         from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
