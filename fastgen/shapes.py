@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastgen")
 TAG = "shape"
 TORSOS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Float32 numbers that the mesh decoder and the extraction hold at their peak, for each voxel and each channel of the trunk:
-# 64 fine voxels of an eighth of the width, a few times over. Measured at full size: 41, and 90 MiB whatever the number.
+# Float32 numbers that the mesh decoder and the extraction hold at their peak, for each voxel and channel of the trunk:
+# 64 fine voxels of an eighth of the width, a few times over. Measured at full size: 41, and 90 MiB besides.
 PEAK_PER_CHANNEL = 64 / 8 * 6
 
 
