@@ -12,8 +12,9 @@ from PIL import Image
 from fastgen.listing import config_names
 from tests.commands import call
 
-# One whole and one LoRA run stand for all on Stable Diffusion: each imports and builds as much as ten others.
-SLOW = [name for name in config_names() if "/sd" in name and name not in ("sim/sd15", "reflow/sd15-24gb")]
+# A run on Stable Diffusion or a U-Net builds and imports as much as ten others: a few stand for all.
+QUICK = ("sim/sd15", "reflow/sd15-24gb", "reflow/cifar10", "consistency/tcm-cifar10", "meanflow/cifar10")
+SLOW = [name for name in config_names() if ("/sd" in name or "cifar10" in name) and name not in QUICK]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tests.trainers.truth import mixture
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "consistency_mixture.py"
 # RMSE ratios of docs/consistency.md, medians over three seeds, times 1.3.
-LIMITS = {"ict": 0.25, "ect": 0.17, "cd": 0.055}
+LIMITS = {"ict": 0.32, "ect": 0.242, "cd": 0.051}
 ROWS = torch.arange(1000)
 FAST = {"batch": 128, "clip": None, "save_every": 10_000, "log_every": 1000}
 
