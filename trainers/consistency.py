@@ -125,7 +125,7 @@ class Consistency(Method):
                 raise ValueError(f"huber_c={self.huber_c:g} is negative")
             return self
 
-    experimental = "iCT and ECT have no row on images, CD none on MNIST"
+    experimental = "TCM has no measured row"
     precisions = ("fp32",)  # between two levels 4e-5 apart the difference of bf16 outputs is rounding noise
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -42,7 +42,7 @@ class Ladd(Method):
         steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2, 4), min_length=1)
         middle: float | None = None  # second angle of two steps; None: 1.1
 
-    experimental = "no measured row"
+    experimental = "alone it has no measured row"
     precisions = ("fp32", "bf16")  # the student's gradient comes through the teacher's activations
 
     def __init__(self, *args: Any, **options: Any) -> None:

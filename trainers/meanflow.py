@@ -106,7 +106,6 @@ class MeanFlow(Method):
         drop_label: float = Field(default=0.1, ge=0, le=1)  # share of rows without a condition, and unguided
         jvp: JvpConfig = JvpConfig()
 
-    experimental = "the gate on the digits is missed (gap closed 0.88), no rows from data or on MNIST"
     precisions = ("fp32", "bf16")  # (t - r) D is a difference of near numbers, which leaves the range of fp16
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -111,7 +111,6 @@ class Scm(Method):
         jvp: JvpConfig = JvpConfig()
         regulariser: Regulariser | None = None
 
-    experimental = "no row on MNIST, its planted errors not measured in a whole run"
     precisions = ("fp32", "bf16")  # the tangent's small differences leave the range of fp16
 
     def __init__(self, *args: Any, **options: Any) -> None:
