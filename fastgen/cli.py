@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from fastgen.commands import look, measure, pictures, runs, signals
+from fastgen.commands import latents, look, measure, pictures, runs, signals
 from fastgen.errors import RunFailed, Stopped, UserError
 
 logger = logging.getLogger("fastgen")
@@ -21,6 +21,7 @@ app = typer.Typer(
 for command in (
     *(runs.quickstart, runs.distill, runs.pairs),
     *(pictures.generate, pictures.export),
+    latents.latents,
     *(measure.evaluate, measure.bench),
     *(look.inspect, look.list_, look.doctor),
 ):

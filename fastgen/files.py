@@ -156,7 +156,8 @@ def _swap(new: Path, path: Path) -> None:
 def is_complete(path: str | Path) -> bool:
     """Whether `atomic_folder` finished this folder. One that was being replaced when the power went is put back."""
     path = Path(path)
-    old = path.with_name(f".tmp-old-{path.name}")
+    path = path if path.name else path.resolve()  # "." has none
+    old = path.parent / f".tmp-old-{path.name}"
     if not path.exists() and (old / COMPLETE).exists():
         os.rename(old, path)
     return (path / COMPLETE).exists()

@@ -91,6 +91,13 @@ def test_a_folder_is_not_there_before_it_is_complete(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "student" / "COMPLETE").exists()
 
 
+def test_the_folder_that_one_stands_in_is_asked_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not files.is_complete(".")
+    (tmp_path / files.COMPLETE).touch()
+    assert files.is_complete(".") and files.is_complete(tmp_path)
+
+
 def test_what_others_made_is_never_replaced(tmp_path: Path) -> None:
     """`out=` set to a home folder must not delete it."""
     (tmp_path / "file").write_text("precious")
