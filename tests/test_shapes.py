@@ -14,31 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from fastgen import shapes as app
 from fastgen.errors import RunFailed, UserError
+from fastgen.geometry.mesh import Mesh
 from fastgen.samplers.flow_euler import FlowEuler
 from fastgen.shapes import Shapes
 from fastgen.teachers.trellis.folder import TrellisFolder
-from fastgen.zoo import trellis
 from tests.commands import call
 
 FEW = {"steps": 2}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("trellis")
-    for name in ("trellis-image-large", "trellis-text-base"):
-        trellis.write(root / name, name)
-    return root
-
-
-@pytest.fixture(scope="module")
-def image_folder(folders):
-    return folders / "trellis-image-large"
-
-
-@pytest.fixture(scope="module")
-def text_folder(folders):
-    return folders / "trellis-text-base"
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +137,14 @@ def test_generate_writes_meshes_pictures_and_splats(image_folder, text_folder, b
     asked = (text_folder, "a chair", "--steps", "1", "--device", "cpu", "--num", "2", "--out")
     assert call("generate", *asked, tmp_path / "many").code == 0
     assert sorted(file.name for file in (tmp_path / "many").iterdir()) == ["00000.glb", "00001.glb"]
+
+
+def test_a_shape_without_a_surface_ends_the_run_and_writes_nothing(text_folder, tmp_path, monkeypatch):
+    nothing = Mesh(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long))
+    monkeypatch.setattr(Shapes, "meshes", lambda self, latents: [nothing])
+    out = tmp_path / "a.glb"
+    ended = call("generate", text_folder, "a pot", "--steps", "1", "--device", "cpu", "--out", out)
+    assert ended.code == 1 and "a.glb: this shape has no surface" in ended.message and not out.exists()
 
 
 def test_a_turntable_is_a_gif(text_folder, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen.errors import UserError
+from fastgen.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
     from fastgen.shapes import Shapes
@@ -113,5 +113,5 @@ def _write(shapes: Shapes, latents: Voxels, files: list[Path], gaussians: bool) 
         return
     for file, mesh in zip(files, shapes.meshes(latents), strict=True):
         if not len(mesh.faces):
-            raise UserError(f"{file}: this shape has no surface; try another seed")
+            raise RunFailed(f"{file}: this shape has no surface, and was not written; try another seed")
         save_gif(file, turntable(mesh)) if file.suffix.lower() == ".gif" else save_mesh(file, mesh)
