@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +34,24 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def trellis_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny TRELLIS folders of the official layout, one for pictures and one for texts."""
+    from fastgen.zoo import trellis
+
+    root = tmp_path_factory.mktemp("trellis")
+    for name in ("trellis-image-large", "trellis-text-base"):
+        trellis.write(root / name, name)
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(trellis_folders: Path) -> Path:
+    return trellis_folders / "trellis-image-large"
+
+
+@pytest.fixture(scope="session")
+def text_folder(trellis_folders: Path) -> Path:
+    return trellis_folders / "trellis-text-base"
