@@ -1,4 +1,4 @@
-"""Procedural solids: five kinds in three sizes, somewhere in [-0.5, 0.5]^3, each told by a text such as "a large torus".
+"""Procedural solids: five kinds in three sizes, told by texts such as "a large torus", somewhere in [-0.5, 0.5]^3.
 
 Kind and size decide a solid up to its pose, which the text does not tell: the axis it points along and a shift of its
 centre. Distances are in the units of the cube; every solid keeps a voxel of the 16^3 grid clear of its walls, and
@@ -23,7 +23,7 @@ SIZES = ("small", "medium", "large")
 STEP = 1.35  # from one size to the next
 SHIFT = 0.06  # of the centre along each axis, at most
 FINER = 4  # cubes along a voxel that the mesh decoder extracts from
-# The large ones, pointing along z. Box: half edges, all different. Torus: ring and tube. Capsule: half its core, radius.
+# The large ones, pointing along z. Box: half edges. Torus: radii of ring and tube. Capsule: half its core, and radius.
 SPHERE = 0.33
 BOX = (0.18, 0.26, 0.36)
 TORUS = (0.26, 0.105)
