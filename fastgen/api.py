@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen import cond as conditions
-from fastgen import files, images
+from fastgen import images
 from fastgen.cond import Cond
 from fastgen.config import config_hash, validate
 from fastgen.errors import UserError
@@ -20,7 +20,7 @@ from fastgen.files import peek_json
 from fastgen.samplers.draw import draw
 from fastgen.sources import locate
 from fastgen.student import Student
-from fastgen.teacher import FACTS, Teacher, family, read_denoiser
+from fastgen.teacher import FACTS, Teacher, family, read_denoiser, weights_sha256
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,22 +46,28 @@ def open_teacher(
     device: str = "cpu",
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    part: str | None = None,
 ) -> Teacher:
-    """A teacher from a checkpoint folder, or a closed-form one from its description {family: mixture, ...}."""
+    """A teacher from a checkpoint folder, or a closed-form one from its description {family: mixture, ...}.
+
+    part: which flow of a TRELLIS folder; see `read_denoiser`.
+    """
     if isinstance(source, dict):
+        if part is not None:
+            raise UserError(f"part={part}: only TRELLIS folders have parts, and a closed-form teacher is none")
         module = family(str(source.get("family")))
         if not hasattr(module, "MixtureConfig"):
             raise UserError("teacher: only the closed-form family 'mixture' can be described; give a checkpoint's path")
         denoiser = module.build(validate(module.MixtureConfig, source, "teacher"))
         return Teacher(denoiser.to(device), guidance=guidance, sha256=config_hash(source))
-    denoiser, data = read_denoiser(source)
+    denoiser, data = read_denoiser(source, part)
     if denoiser.codec is not None:
         denoiser.codec.to(device)
     return Teacher(
         denoiser.to(device),
         guidance=guidance,
         guidance_interval=guidance_interval,
-        sha256=partial(files.sha256, source),  # gigabytes, and not everyone asks
+        sha256=partial(weights_sha256, source, part),  # gigabytes, and not everyone asks
         facts={"teacher": source.name, **data.get("facts", {})},
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import cond as conditions
+from fastgen import files
 from fastgen.cond import Cond
 from fastgen.denoiser import GAP, GUIDANCE, Denoiser, View
 from fastgen.errors import UserError, suggestion
@@ -23,6 +24,7 @@ from fastgen.layout import halves, twice, wide
 from fastgen.nets.weights import load_weights
 from fastgen.paths import Pair, Path
 from fastgen.sources import locate, origin
+from fastgen.teachers import trellis
 
 FACTS = "fastgen.json"
 EXTRA = "extra.safetensors"  # weights of `Denoiser.extra`, beside the network's own files
@@ -129,13 +131,18 @@ def family(name: str) -> ModuleType:
     return importlib.import_module(f"fastgen.teachers.{name}")
 
 
-def read_denoiser(folder: str | FilePath) -> tuple[Denoiser, dict[str, Any]]:
+def read_denoiser(folder: str | FilePath, part: str | None = None) -> tuple[Denoiser, dict[str, Any]]:
     """The denoiser of a checkpoint (see `sources.locate`) and its facts.
 
-    Folders are our own (`fastgen.json`), or of a layout that a family recognises.
+    Folders are our own (`fastgen.json`), or of a layout that a family recognises. part: which flow of a TRELLIS
+    folder, "structure" or "latent"; of other checkpoints a UserError, but for the folder of that flow alone.
     """
     complete = is_complete(folder)  # asked first: it puts back a folder whose replacement was interrupted
     folder = locate(folder)
+    if trellis.recognises(folder):
+        return trellis.read_part(folder, part)
+    if part is not None:
+        _refuse_other_part(folder, part)
     if (folder / FACTS).exists():
         return _read_own(folder, complete)
     for name in families():
@@ -145,6 +152,24 @@ def read_denoiser(folder: str | FilePath) -> tuple[Denoiser, dict[str, Any]]:
             return module.read(folder, None), {"facts": facts} if facts else {}
     known = ", ".join(families())
     raise UserError(f"{folder}: not a checkpoint that any family knows ({known}); see `fastgen list teachers`")
+
+
+def _refuse_other_part(folder: FilePath, part: str) -> None:
+    told = peek_json(folder / FACTS).get("denoiser")
+    own = told.get("part") if isinstance(told, dict) else None
+    if own is None:
+        raise UserError(f"{folder}: part={part}: only TRELLIS folders have parts, and this is none; leave it off")
+    if own != part:
+        raise UserError(f"{folder}: part={part}: this folder is the {own} flow alone")
+
+
+def weights_sha256(folder: FilePath, part: str | None = None) -> str:
+    """What identifies the weights of a checkpoint's folder, or of one flow of a TRELLIS folder."""
+    if part is None or not trellis.recognises(folder):
+        return files.sha256(folder)
+    from fastgen.teachers.trellis.folder import TrellisFolder
+
+    return TrellisFolder.read(folder).sha256(part)
 
 
 def facts_of(folder: FilePath) -> dict[str, Any]:

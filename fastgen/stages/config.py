@@ -15,7 +15,7 @@ from fastgen.errors import UserError, suggestion
 if TYPE_CHECKING:
     from fastgen.stages.context import Context
 
-REFERENCES = ("teacher", "student", "init", "pairs", "evaluation")
+REFERENCES = ("teacher", "student", "init", "pairs", "evaluation", "latents", "base", "structure", "latent")
 
 
 class Stage(Model):

@@ -39,7 +39,7 @@ class Context:
     names: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     _hashes: dict[Path, str] = field(default_factory=dict)
-    _looks: dict[str, Look] = field(default_factory=dict)
+    _looks: dict[tuple[str, str | None], Look] = field(default_factory=dict)
 
     def folder(self, reference: str) -> Path:
         """The folder of a stage."""
@@ -79,20 +79,24 @@ class Context:
             )
         return artefact
 
-    def look(self, reference: str | None) -> Look | None:
-        """A model that comes from outside the run, read once to see that it can be; None for what a stage makes."""
+    def look(self, reference: str | None, part: str | None = None) -> Look | None:
+        """A model that comes from outside the run, read once to see that it can be; None for what a stage makes.
+
+        part, here and below: which flow of a TRELLIS folder; see `read_denoiser`.
+        """
         from fastgen.api import open_teacher
         from fastgen.teacher import read_denoiser
 
         if reference is None or reference in self.names:
             return None
-        if reference not in self._looks:
+        key = (reference, part)
+        if key not in self._looks:
             source = self.artefact(reference)
             if isinstance(source, dict):
-                shape = open_teacher(source).shape
-                self._looks[reference] = Look("teacher", shape, shape, False)
+                shape = open_teacher(source, part=part).shape
+                self._looks[key] = Look("teacher", shape, shape, False)
             else:
-                denoiser, data = read_denoiser(source)
+                denoiser, data = read_denoiser(source, part)
                 if denoiser.needs_embeddings:
                     raise UserError(
                         f"{reference}={source}: {denoiser.family} networks are read without text encoders and VAE so "
@@ -101,10 +105,10 @@ class Context:
                 codec, shape = self.fitted(denoiser).codec, denoiser.shape
                 data_shape = shape if codec is None else codec.image_shape
                 kind = "student" if denoiser.distilled else data.get("kind", "teacher")
-                self._looks[reference] = Look(kind, shape, data_shape, codec is not None)
-        return self._looks[reference]
+                self._looks[key] = Look(kind, shape, data_shape, codec is not None)
+        return self._looks[key]
 
-    def open_teacher(self, reference: str) -> Teacher:
+    def open_teacher(self, reference: str, part: str | None = None) -> Teacher:
         """A reference as a teacher on the run's device, guided and sized as the run says."""
         from fastgen.api import open_teacher
 
@@ -114,15 +118,16 @@ class Context:
             device=self.device,
             guidance=head.guidance,
             guidance_interval=head.guidance_interval,
+            part=part,
         )
         self.fitted(teacher.denoiser)
         return teacher
 
-    def open_denoiser(self, reference: str) -> Denoiser:
+    def open_denoiser(self, reference: str, part: str | None = None) -> Denoiser:
         """The network of a teacher or a student, sized as the run says."""
         from fastgen.teacher import read_denoiser
 
-        return self.fitted(read_denoiser(self.path(reference))[0])
+        return self.fitted(read_denoiser(self.path(reference), part)[0])
 
     def fitted(self, denoiser: Denoiser) -> Denoiser:
         """The same network at the run's size in pixels, where its size is free."""

@@ -13,14 +13,18 @@ both.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastgen.denoiser import Denoiser
-from fastgen.errors import UserError
+from fastgen.errors import UserError, suggestion
 from fastgen.files import peek_json
+
+if TYPE_CHECKING:
+    from fastgen.denoiser import Denoiser
+    from fastgen.teachers.trellis.flows import FlowDenoiser
 
 PIPELINE = "pipeline.json"
 PIPELINES = {"TrellisImageTo3DPipeline": "image", "TrellisTextTo3DPipeline": "text"}  # and what they are told
+PARTS = ("structure", "latent")  # the flows of a folder, in the order in which they are sampled
 
 
 def recognises(folder: Path) -> bool:
@@ -31,6 +35,18 @@ def recognises(folder: Path) -> bool:
 def read(folder: Path, data: dict[str, Any] | None) -> Denoiser:
     """A pipeline of two flows is not one network, which is a UserError."""
     raise UserError(
-        f"{folder}: TRELLIS is two flows and several decoders, not one network: `fastgen generate` makes shapes with "
-        "it, `fastgen inspect` counts it; distilling its flows is not built yet"
+        f"{folder}: TRELLIS is two flows and several decoders, not one network; name a flow, part=structure or "
+        "part=latent. `fastgen generate` makes shapes with all of it, `fastgen inspect` counts it"
     )
+
+
+def read_part(folder: Path, part: str | None) -> tuple[FlowDenoiser, dict[str, Any]]:
+    """One flow of a pipeline's folder in float32, and its facts: {"kind", "facts"}; no part is a UserError."""
+    from fastgen.teachers.trellis.folder import TrellisFolder
+
+    if part is None:
+        read(folder, None)
+    if part not in PARTS:
+        raise UserError(f"{folder}: no part '{part}' ({suggestion(str(part), PARTS)})")
+    found = TrellisFolder.read(folder)
+    return found.flow(part), {"kind": "teacher", "facts": found.facts(part)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ SIGMA_MIN = 1e-5
 TIME_SCALE = 1000.0
 IMAGE, TEXT = "image", "text"
 GUIDANCE_USUAL = {IMAGE: 6.0, TEXT: 8.5}  # 1 + the official cfg_strength
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class FlowDenoiser(Denoiser):
@@ -27,6 +28,7 @@ class FlowDenoiser(Denoiser):
     """
 
     family = "trellis"
+    part: ClassVar[str]
     net: Any
 
     def __init__(
@@ -77,6 +79,10 @@ class FlowDenoiser(Denoiser):
         return GUIDANCE_USUAL[self.condition] if self.has_null else None
 
     @property
+    def reads(self) -> str | None:
+        return self.condition
+
+    @property
     def has_null(self) -> bool:
         return self.condition == IMAGE or self.empty is not None
 
@@ -106,6 +112,8 @@ class FlowDenoiser(Denoiser):
 class StructureDenoiser(FlowDenoiser):
     """The first stage: latents [B, C, R, R, R] of a dense occupancy grid."""
 
+    part = "structure"
+
     @staticmethod
     def _shape(net: Any) -> tuple[int, ...]:
         return (net.args.in_channels, *(net.args.resolution,) * 3)
@@ -114,8 +122,15 @@ class StructureDenoiser(FlowDenoiser):
 class LatentDenoiser(FlowDenoiser):
     """The second stage: `Voxels` with features [N, C], whose coordinates the first stage has found.
 
-    shape: (C,), of one voxel, since objects have as many as they have.
+    shape          (C,), of one voxel, since objects have as many as they have
+    normalization  mean and std [C] of the latents that it was trained on, which are (z - mean) / std; None: unknown
     """
+
+    part = "latent"
+
+    def __init__(self, net: nn.Module, *, normalization: Normalization | None = None, **options: Any) -> None:
+        super().__init__(net, **options)
+        self.normalization = normalization
 
     @staticmethod
     def _shape(net: Any) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ time has a peak of one stage.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,18 @@ from fastgen import files
 from fastgen.config import Model, validate
 from fastgen.errors import UserError
 from fastgen.nets.weights import fill
-from fastgen.sources import hub_file
+from fastgen.sources import hub_file, origin
 from fastgen.teachers.trellis import PIPELINE, PIPELINES
 from fastgen.teachers.trellis.args import Network
-from fastgen.teachers.trellis.flows import IMAGE, SIGMA_MIN, TEXT, LatentDenoiser, StructureDenoiser
+from fastgen.teachers.trellis.conditions import TextEncoder
+from fastgen.teachers.trellis.flows import IMAGE, SIGMA_MIN, TEXT, FlowDenoiser, LatentDenoiser, StructureDenoiser
 from fastgen.teachers.trellis.models import ELASTIC, make
 
+logger = logging.getLogger("fastgen")
 ENCODERS = {IMAGE: "dinov2_vitl14_reg", TEXT: "openai/clip-vit-large-patch14"}
 STRUCTURE_FLOW, STRUCTURE_DECODER = "sparse_structure_flow_model", "sparse_structure_decoder"
 LATENT_FLOW = "slat_flow_model"
+FLOWS = {"structure": STRUCTURE_FLOW, "latent": LATENT_FLOW}  # roles of the parts
 DECODERS = {"mesh": "slat_decoder_mesh", "gaussian": "slat_decoder_gs", "radiance field": "slat_decoder_rf"}
 ROLES = {
     STRUCTURE_FLOW: "SparseStructureFlowModel",
@@ -176,7 +181,34 @@ class TrellisFolder:
         if net.args.in_channels != len(self.mean):
             told = f"{len(self.mean)} means for latents of {net.args.in_channels} channels"
             raise UserError(f"{self.path / PIPELINE}: slat_normalization has {told}")
-        return LatentDenoiser(net, condition=self.condition, sigma_min=self.latent.args.sigma_min)
+        normalization = (self.mean, self.std)
+        sigma_min = self.latent.args.sigma_min
+        return LatentDenoiser(net, condition=self.condition, sigma_min=sigma_min, normalization=normalization)
+
+    def flow(self, part: str) -> FlowDenoiser:
+        """The flow of a part in float32; a text flow knows the empty text where the encoder is here."""
+        made = self.structure_flow() if part == "structure" else self.latent_flow()
+        if self.condition == TEXT:
+            try:
+                made.empty = TextEncoder(self.encoder).empty
+            except UserError as error:
+                logger.info("%s: without the empty text's encoding (%s)", self.path, error)
+        return made
+
+    def facts(self, part: str) -> dict[str, Any]:
+        """Of a part: its origin, what its weights were stored as, and the normalisation that it lives in."""
+        with files.shapes_only():
+            stored = files.load_tensors(self.files(FLOWS[part])[1])
+        halves = sorted({str(t.dtype).removeprefix("torch.") for t in stored.values()} - {"float32"})
+        told = {**origin(self.path), "part": part, "condition": self.condition}
+        told["precision"] = f"float32, in part widened from {' and '.join(halves)}" if halves else "float32"
+        if part == "latent":
+            told["normalization"] = {"mean": list(self.mean), "std": list(self.std)}
+        return told
+
+    def sha256(self, part: str) -> str:
+        """Of a part's two files, wherever they lie."""
+        return hashlib.sha256("".join(map(files.sha256, self.files(FLOWS[part]))).encode()).hexdigest()
 
     def checked(self, role: str) -> Network:
         """The network of a role on the meta device, after its file's headers were held against it: no weights read."""
