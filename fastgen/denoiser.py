@@ -192,6 +192,11 @@ class Denoiser(nn.Module):
         return False
 
     @property
+    def reads(self) -> str | None:
+        """The entry of a condition, other than a label, that the network is told ("text", "image"); None: none."""
+        return "text" if self.num_classes is None and self.has_null else None
+
+    @property
     def has_null(self) -> bool:
         """Whether there is a null condition, which guidance needs."""
         return self.num_classes is not None and self.null_label

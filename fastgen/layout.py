@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastgen import noise
 from fastgen.sparse.tensor import Voxels
 
 Samples = TypeVar("Samples", Tensor, Voxels)
@@ -48,6 +49,11 @@ def mean(x: Tensor | Voxels) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def mean_all(x: Tensor | Voxels) -> Tensor:
+    """Mean over all coordinates of the batch, so that a sample of many voxels counts more than one of few."""
+    return (x.feats if isinstance(x, Voxels) else x).mean()
+
+
 def dot(x: Tensor | Voxels, y: Tensor | Voxels) -> Tensor:
     """Inner product of each sample of x with that of y: [B, ...] -> [B]."""
     return _sum(x * y)
@@ -59,6 +65,15 @@ def finite(x: Tensor | Voxels) -> Tensor:
         parts = [part.isfinite().all() for part in x.parts()]
         return torch.stack(parts) if parts else torch.ones(0, dtype=torch.bool, device=x.device)
     return x.isfinite().flatten(1).all(1)
+
+
+def normal_like(x: Samples, seed: int, tag: str, rows: Tensor, draw: int = 0) -> Samples:
+    """Standard normal float32 in the form of samples x [B, ...], each from its own row of `rows` int64 [B]."""
+    if not isinstance(x, Voxels):
+        return noise.normal(seed, tag, rows, tuple(x.shape[1:]), draw)
+    channels = x.shape[1]
+    parts = [noise.normal(seed, tag, rows[i : i + 1], (n, channels), draw)[0] for i, n in enumerate(x.sites.sizes)]
+    return x.with_feats(torch.cat(parts) if parts else x.feats.float())
 
 
 def twice(x: Any) -> Any:

@@ -32,7 +32,7 @@ from fastgen.trainers.engine.averages import slow_copy
 from fastgen.trainers.engine.discretisation import GridConfig, TimesConfig, Weighting, huber_c, weights
 from fastgen.trainers.engine.fake_score import VIEW, kept_mean
 from fastgen.trainers.engine.levels import reach
-from fastgen.trainers.engine.method import Average, Batch, Loss, Method, Turn
+from fastgen.trainers.engine.method import Average, Batch, Loss, Method, Turn, needs_of
 
 DECILES = 10
 AT_END = 1 + 1e-9  # the lowest level of a grid comes back from rho-th powers
@@ -130,7 +130,7 @@ class Consistency(Method):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.needs = frozenset({"x0"} | ({"cond.text"} if self._reads_text else set()))
+        self.needs = needs_of(self.student)
         self._check_teacher()
         self.low, self.high = self._range()
         if self.config.distance == "lpips" and self.distance is None:
@@ -141,10 +141,6 @@ class Consistency(Method):
             self.averages["target"] = Average(of="student", decay=self.config.mu)
         if self.config.truncation is not None:
             self.frozen["first"] = slow_copy(self.student)
-
-    @property
-    def _reads_text(self) -> bool:
-        return self.student.num_classes is None and self.student.has_null
 
     def _check_teacher(self) -> None:
         config, teacher = self.config, self.teacher

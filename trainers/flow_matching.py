@@ -3,8 +3,8 @@
     t ~ U(0, 1) or logit-normal,   x_t = (1 - t) x0 + t eps,   L = E | v(x_t, t, c) - (eps - x0) |^2
 
 On any path: x_t is mixed on the rectified-flow view and the network answers on its own path; where that ends before
-pure noise, t is shrunk to what it reaches. Labels are dropped with
-probability `drop_label`, so that the teacher can be guided and can generate without a label.
+pure noise, t is shrunk to what it reaches. Labels are dropped with probability `drop_label` (pictures and texts of a
+network without a codec as well), so that the teacher can be guided and can generate without one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgen import cond as conditions
+from fastgen.cond import Cond
 from fastgen.errors import UserError
 from fastgen.layout import mean
 from fastgen.paths import Path, RectifiedFlow
 from fastgen.student import SamplerSpec
-from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn, needs_of
 
 RF = RectifiedFlow()
 
@@ -38,8 +39,7 @@ class FlowMatching(Method):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        text = self.student.num_classes is None and self.student.has_null
-        self.needs = frozenset({"x0", "cond.text"} if text else {"x0"})
+        self.needs = needs_of(self.student)
         if self.config.drop_label and self.student.num_classes is not None and not self.student.has_null:
             raise UserError("the network has labels, but none that means 'no label': set method.drop_label=0")
 
@@ -48,16 +48,23 @@ class FlowMatching(Method):
         return (Turn(trains=("student",), loss=self.loss),)
 
     def loss(self, batch: Batch) -> Loss:
-        cond = batch.cond
-        if self.student.num_classes is not None:
-            cond = conditions.replace(cond, self.student.null, batch.uniform("drop") < self.config.drop_label)
-        elif cond is not None:
-            cond = {name: value for name, value in cond.items() if name != "label"} or None
+        cond = self.condition(batch)
         u = batch.uniform("t") if self.config.times == "uniform" else batch.normal("t", ()).sigmoid()
         t = last_time(self.student.path) * u
-        eps = batch.normal("eps", self.student.shape)
-        pair = self.student(RF.mix(batch.x0, eps, t), t, cond, on=RF)
-        return velocity_error(pair.velocity, eps - batch.x0)
+        x0 = batch.x0
+        eps = batch.normal_like("eps", x0)
+        pair = self.student(RF.mix(x0, eps, t), t, cond, on=RF)
+        return velocity_error(pair.velocity, eps - x0)
+
+    def condition(self, batch: Batch) -> Cond:
+        """What the network is told, some rows without; captions of latent networks are dropped where they are read."""
+        cond, student = batch.cond, self.student
+        if cond is None or student.num_classes is not None:
+            null = student.null
+        else:
+            cond = {name: value for name, value in cond.items() if name != "label"} or None
+            null = student.unconditional(cond) if cond and student.reads and student.codec is None else None
+        return conditions.replace(cond, null, batch.uniform("drop") < self.config.drop_label)
 
     def sampler(self) -> SamplerSpec:
         path = self.student.path

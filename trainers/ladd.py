@@ -19,12 +19,11 @@ from fastgen.errors import UserError
 from fastgen.layout import expand
 from fastgen.student import SamplerSpec
 from fastgen.trainers.engine.adversary import Adversary, AdversaryConfig
-from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn, needs_of
 from fastgen.trainers.engine.trig import (
     condition_of,
     few_step_spec,
     first_states,
-    needs_of,
     trig_view,
 )
 

@@ -34,7 +34,7 @@ from fastgen.jvp import JvpConfig
 from fastgen.layout import expand, sumsq, wide
 from fastgen.samplers import few_step, ode
 from fastgen.student import SamplerSpec
-from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn, needs_of
 from fastgen.trainers.engine.spans import SpansConfig
 from fastgen.trainers.flow_matching import RF, last_time
 
@@ -112,7 +112,7 @@ class MeanFlow(Method):
         super().__init__(*args, **options)
         self._refuse()
         self.student.add_gap()
-        self.needs = frozenset({"x0", "cond.text"} if self._reads_text else {"x0"})
+        self.needs = needs_of(self.student)
 
     def _refuse(self) -> None:
         config, student = self.config, self.student
@@ -137,10 +137,6 @@ class MeanFlow(Method):
             raise UserError(f"method.guidance={config.guidance}: the teacher has no null condition; leave it off")
         if config.drop_label and student.num_classes is not None and not student.has_null:
             raise UserError("the network has labels, but none that means 'no label': set method.drop_label=0")
-
-    @property
-    def _reads_text(self) -> bool:
-        return self.student.num_classes is None and self.student.has_null
 
     @property
     def turns(self) -> tuple[Turn, ...]:

@@ -36,14 +36,13 @@ from fastgen.paths import Pair, Prediction
 from fastgen.student import SamplerSpec
 from fastgen.trainers.engine.adaptive import LogVariance
 from fastgen.trainers.engine.adversary import Adversary, AdversaryConfig
-from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn, needs_of
 from fastgen.trainers.engine.trig import (
     angles,
     condition_of,
     draw_angle,
     few_step_spec,
     first_states,
-    needs_of,
     trig_view,
 )
 

@@ -39,7 +39,7 @@ from fastgen.trainers.engine.fake_score import (
     one_step,
 )
 from fastgen.trainers.engine.levels import LevelsConfig, reach
-from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.engine.method import Batch, Loss, Method, Turn, needs_of
 
 DECILES = 10
 PIECE = 2  # rows diagnosed at once: no more memory than a step takes
@@ -93,8 +93,7 @@ class Sim(Method):
             )
         self.fake = FakeScore(config.fake, fake or make_fake(config.fake, self.teacher, self.student))
         self.networks["fake"] = self.fake.denoiser
-        if truth.num_classes is None and truth.has_null:  # it reads text
-            self.needs = frozenset({"cond.text"})
+        self.needs = needs_of(truth) - {"x0"}
         self.spec = self.sampler()
 
     @property

@@ -19,6 +19,7 @@ from fastgen.cond import Cond
 from fastgen.config import Model
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError, suggestion
+from fastgen.layout import Samples, normal_like
 from fastgen.student import SamplerSpec
 from fastgen.teacher import Teacher
 
@@ -77,6 +78,10 @@ class Batch:
     def normal(self, tag: str, shape: tuple[int, ...], draw: int = 0) -> Tensor:
         """Standard normal float32 [B, *shape]."""
         return noise.normal(self.seed, tag, self.rows, shape, draw)
+
+    def normal_like(self, tag: str, x: Samples, draw: int = 0) -> Samples:
+        """Standard normal float32 in the form of samples: [B, ...], or voxels on the same sites."""
+        return normal_like(x, self.seed, tag, self.rows, draw)
 
     def uniform(self, tag: str, shape: tuple[int, ...] = (), draw: int = 0) -> Tensor:
         """Uniform float32 [B, *shape] in (0, 1)."""
@@ -168,6 +173,11 @@ class Method:
         """Called once, at the end, with the network that is about to be written, in eval mode, and rows that were not
         trained on: facts that its folder shall tell. A RunFailed instead leaves no folder."""
         return {}
+
+
+def needs_of(student: Denoiser) -> frozenset[str]:
+    """Data, and what a network reads beside a label: captions, pictures."""
+    return frozenset({"x0"} if student.reads is None else {"x0", f"cond.{student.reads}"})
 
 
 def methods() -> list[str]:

@@ -58,12 +58,6 @@ def condition_of(batch: Batch, student: Denoiser, null_share: float) -> Cond:
     return {name: value for name, value in batch.cond.items() if name != "label"} or None
 
 
-def needs_of(student: Denoiser) -> frozenset[str]:
-    """Data, and for a network that reads text their captions."""
-    text = student.num_classes is None and student.has_null
-    return frozenset({"x0", "cond.text"} if text else {"x0"})
-
-
 def few_step_spec(
     student: Denoiser,
     view: TrigFlow,
