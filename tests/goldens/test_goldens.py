@@ -30,10 +30,6 @@ NOT_BUILT = {
         "rae_decoder",
     ],
     "methods": ["sign_ign", "lit_attention", "dpo"],
-    "trellis": [
-        "mdt_dense",
-        "mdt_sparse",
-    ],
     "prd": [
         "generator",
         "attn_self",

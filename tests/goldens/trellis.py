@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from tests.goldens.surfaces import flexicubes as flexicubes
+from tests.goldens.trellis_mdt import mdt_dense as mdt_dense
+from tests.goldens.trellis_mdt import mdt_sparse as mdt_sparse
 from tests.goldens.trellis_nets import slat_dec_gs as slat_dec_gs
 from tests.goldens.trellis_nets import slat_dec_mesh as slat_dec_mesh
 from tests.goldens.trellis_nets import slat_dec_rf as slat_dec_rf
