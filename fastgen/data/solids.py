@@ -77,6 +77,14 @@ class Solid:
         return local[:, torch.tensor(self._order).argsort()] * self.scale + torch.tensor(self.centre)
 
     @property
+    def centroid(self) -> tuple[float, float, float]:
+        """The mean of the surface's points, by area: for all but the union its centre."""
+        found = list(self.centre)
+        if self.kind == "union":
+            found[self.axis] += _union_height() * self.scale
+        return found[0], found[1], found[2]
+
+    @property
     def _order(self) -> list[int]:
         """Which coordinates of the world are x, y and z of the solid: a rotation, for they change in a circle."""
         return [(self.axis + 1) % 3, (self.axis + 2) % 3, self.axis]
@@ -147,6 +155,17 @@ def _to_slab(x: Tensor) -> Tensor:
 def _to_box(x: Tensor, half: tuple[float, float, float]) -> Tensor:
     over = x.abs() - x.new_tensor(half)
     return over.clamp(min=0).norm(dim=-1) + over.amax(-1).clamp(max=0)
+
+
+def _union_height() -> float:
+    """Mean height of the union's surface: of the ball what rises from the slab, of the slab all but the ball's foot."""
+    top = SLAB_HEIGHT + SLAB[2]
+    cut = top - BALL_HEIGHT
+    x, y, z = SLAB
+    ball, foot, wall = 2 * math.pi * BALL * (BALL - cut), math.pi * (BALL**2 - cut**2), 8 * (x + y) * z
+    low = SLAB_HEIGHT - z
+    moments = ball * (BALL_HEIGHT + (BALL + cut) / 2), 4 * x * y * low, (4 * x * y - foot) * top, wall * SLAB_HEIGHT
+    return sum(moments) / (ball + 8 * x * y - foot + wall)
 
 
 def _points(kind: str, rows: Tensor, seed: int, draw: int) -> Tensor:
