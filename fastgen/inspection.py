@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen import files
+from fastgen.data import shapes
 from fastgen.errors import UserError
 from fastgen.stages import records
 from fastgen.teachers import trellis
@@ -16,13 +17,16 @@ MODEL = ("fastgen.json", "model_index.json", "mixture.json", "config.json", "tra
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Facts about a model folder, a run, a pair set, or data; anything else is a UserError."""
+    """Facts about a model folder, a run, a pair set, latents, or data; anything else is a UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if any(path.glob(f"*/{records.BEGUN}")):
         return _run(path)
     if (path / records.BEGUN).exists():
         return {"kind": "stage", **_stage(path)}
+    if shapes.recognises(path):
+        manifest = shapes.read_manifest(path)
+        return {"kind": "latents", **shapes.LatentShapes(path, mean=manifest.mean, std=manifest.std).describe()}
     if (path / "manifest.json").exists():
         return _pairs(path)
     if trellis.recognises(path):

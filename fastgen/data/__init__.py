@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from pydantic import Field
 
 from fastgen.config import Model
 from fastgen.errors import UserError
+from fastgen.files import peek_json
 
 if TYPE_CHECKING:  # the config is read by commands that must start without torch
     from torch import Tensor
@@ -22,9 +23,10 @@ LAYOUTS = (
     "a folder of .png/.jpg/.webp images (flat, or one sub-folder per class), .parquet files with the columns image and "
     "label, MNIST's IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, ...), captioned images (NAME.txt "
     "beside NAME.jpg, metadata.jsonl, .parquet with image and text, WebDataset .tar), prompts (.txt, .tsv, .csv or "
-    ".jsonl)"
+    ".jsonl), latents of shapes (`fastgen latents`)"
 )
 EXAMPLES = Path(__file__).with_name("examples.txt")  # data={kind: prompts, path: examples}
+LATENTS: Final = "trellis latents"  # what the manifest of a folder of shapes calls itself
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
@@ -60,11 +62,11 @@ class DataSet(Protocol):
 class DataConfig(Model):
     """Where images come from. A field that the kind cannot use is refused unless it has its default value."""
 
-    kind: Literal["auto", "digits", "idx", "parquet", "folder", "captioned", "prompts", "synthetic", "closed_form"] = (
-        "auto"
-    )
-    """auto: what lies at `path`; without a path the shipped digits. closed_form: draws of the
-    run's teacher, a mixture."""
+    kind: Literal[
+        "auto", "digits", "idx", "parquet", "folder", "captioned", "prompts", "latents", "synthetic", "closed_form"
+    ] = "auto"
+    """auto: what lies at `path`; without a path the shipped digits. latents: shapes, of `fastgen latents`.
+    closed_form: draws of the run's teacher, a mixture."""
     path: str | None = None
     split: str = "train"
     """digits: train, held_out, all; IDX folder: train, test; folder of parquet files: how their names begin."""
@@ -90,6 +92,7 @@ _USES = {
     "folder": {"path", "size", "channels", "on_bad"},
     "captioned": {"path", "split", "size", "channels", "on_bad"},
     "prompts": {"path"},
+    "latents": {"path"},
     "synthetic": {"size", "channels", "classes", "rows", "captions"},
     "closed_form": {"rows"},
 }
@@ -117,6 +120,11 @@ def open_data(config: DataConfig) -> DataSet:
         return Synthetic((config.channels, size, size), config.classes, config.rows, captions=config.captions)
     if path is None:
         raise UserError(f"data.kind={kind} needs data.path; understood are {LAYOUTS}")
+    if kind == "latents":
+        raise UserError(
+            f"{path}: latents of shapes, which a train stage reads that has part: structure or part: latent, and no "
+            "other command"
+        )
     if kind == "idx":
         from fastgen.data.idx import Idx
 
@@ -155,6 +163,8 @@ def detect(path: Path | None) -> str:
         return "idx"
     if "manifest.json" in names and any(name.startswith("shard-") for name in names):
         raise UserError(f"{path}: a set of pairs, not of images; it is read where a method asks for pairs")
+    if peek_json(path / "manifest.json").get("kind") == LATENTS:
+        return "latents"
     from fastgen.data import prompts
     from fastgen.data.captioned import is_captioned
     from fastgen.data.pixels import ENDINGS
