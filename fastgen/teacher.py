@@ -142,7 +142,7 @@ def read_denoiser(folder: str | FilePath, part: str | None = None) -> tuple[Deno
     if trellis.recognises(folder):
         return trellis.read_part(folder, part)
     if part is not None:
-        _refuse_other_part(folder, part)
+        refuse_other_part(folder, part)
     if (folder / FACTS).exists():
         return _read_own(folder, complete)
     for name in families():
@@ -154,7 +154,8 @@ def read_denoiser(folder: str | FilePath, part: str | None = None) -> tuple[Deno
     raise UserError(f"{folder}: not a checkpoint that any family knows ({known}); see `fastgen list teachers`")
 
 
-def _refuse_other_part(folder: FilePath, part: str) -> None:
+def refuse_other_part(folder: FilePath, part: str) -> None:
+    """Any folder but that of this flow alone is a UserError."""
     told = peek_json(folder / FACTS).get("denoiser")
     own = told.get("part") if isinstance(told, dict) else None
     if own is None:
@@ -164,8 +165,8 @@ def _refuse_other_part(folder: FilePath, part: str) -> None:
 
 
 def weights_sha256(folder: FilePath, part: str | None = None) -> str:
-    """What identifies the weights of a checkpoint's folder, or of one flow of a TRELLIS folder."""
-    if part is None or not trellis.recognises(folder):
+    """What identifies a checkpoint's folder, or one flow of a TRELLIS folder."""
+    if not trellis.recognises(folder):
         return files.sha256(folder)
     from fastgen.teachers.trellis.folder import TrellisFolder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastgen import files, sources
+from fastgen import sources
 from fastgen.config import config_hash
 from fastgen.errors import UserError, suggestion
 from fastgen.stages import records
@@ -17,6 +17,9 @@ from fastgen.stages.records import RECORD
 if TYPE_CHECKING:
     from fastgen.denoiser import Denoiser
     from fastgen.teacher import Teacher
+
+
+PICKLED = ".pt"
 
 
 class Look(NamedTuple):
@@ -50,7 +53,10 @@ class Context:
         return name in self.names and (self.out / name / RECORD).exists()
 
     def artefact(self, reference: str) -> Path | dict[str, Any]:
-        """What a reference means: a stage's output, the run's teacher, or a path; nothing is a UserError."""
+        """What a reference means: a stage's output, the run's teacher, or a path; nothing is a UserError.
+
+        A .pt file stands for itself: what cannot read one refuses it.
+        """
         if reference in self.names:
             if not self.done(reference):
                 raise UserError(f"stage '{reference}' is not done yet; `fastgen distill` makes it")
@@ -65,8 +71,9 @@ class Context:
                 raise UserError(f"teacher={given}: no such file or folder")
             hint = suggestion(given, {*self.names, "teacher"})
             raise UserError(f"'{given}': neither a stage of this run nor an existing path ({hint})")
-        if Path(given).expanduser().is_dir():
-            return Path(given).expanduser()
+        path = Path(given).expanduser()
+        if path.is_dir() or (path.is_file() and path.suffix == PICKLED):
+            return path
         return sources.locate(given, config=self.config.teacher_config)
 
     def path(self, reference: str) -> Path:
@@ -143,11 +150,13 @@ class Context:
 
     def sha256(self, reference: str) -> str:
         """The hash of an input, from the record of the stage that made it or from the files themselves."""
+        from fastgen.teacher import weights_sha256
+
         artefact = self.artefact(reference)
         if reference in self.names:
             return records.read(self.out / reference / RECORD)["sha256"]
         if isinstance(artefact, dict):
             return config_hash(artefact)
         if artefact not in self._hashes:
-            self._hashes[artefact] = files.sha256(artefact)
+            self._hashes[artefact] = weights_sha256(artefact)
         return self._hashes[artefact]

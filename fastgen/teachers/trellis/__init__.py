@@ -33,7 +33,11 @@ def recognises(folder: Path) -> bool:
 
 
 def read(folder: Path, data: dict[str, Any] | None) -> Denoiser:
-    """A pipeline of two flows is not one network, which is a UserError."""
+    """A flow's own folder, which has a fastgen.json (`data`); a pipeline of two flows is a UserError."""
+    if data is not None:
+        from fastgen.teachers.trellis.folder import read_flow
+
+        return read_flow(folder, data)
     raise UserError(
         f"{folder}: TRELLIS is two flows and several decoders, not one network; name a flow, part=structure or "
         "part=latent. `fastgen generate` makes shapes with all of it, `fastgen inspect` counts it"
@@ -49,4 +53,4 @@ def read_part(folder: Path, part: str | None) -> tuple[FlowDenoiser, dict[str, A
     if part not in PARTS:
         raise UserError(f"{folder}: no part '{part}' ({suggestion(str(part), PARTS)})")
     found = TrellisFolder.read(folder)
-    return found.flow(part), {"kind": "teacher", "facts": found.facts(part)}
+    return found.flow(part), {"kind": found.kind(part), "facts": found.facts(part)}

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgen.cond import Cond
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.paths import Prediction, RectifiedFlow
+from fastgen.teachers.trellis.models import write_stem
 
 SIGMA_MIN = 1e-5
 TIME_SCALE = 1000.0
 IMAGE, TEXT = "image", "text"
 GUIDANCE_USUAL = {IMAGE: 6.0, TEXT: 8.5}  # 1 + the official cfg_strength
+STEM, EMPTY = "flow", "empty.safetensors"  # of a flow's own folder
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -32,15 +37,22 @@ class FlowDenoiser(Denoiser):
     net: Any
 
     def __init__(
-        self, net: nn.Module, *, condition: str = IMAGE, empty: Tensor | None = None, sigma_min: float = SIGMA_MIN
+        self,
+        net: nn.Module,
+        *,
+        condition: str = IMAGE,
+        empty: Tensor | None = None,
+        sigma_min: float = SIGMA_MIN,
+        **conventions: Any,
     ) -> None:
-        super().__init__(
-            net,
-            RectifiedFlow(sigma_min=sigma_min),
-            Prediction(kind="flow", sigma_min=sigma_min),
-            shape=self._shape(net),
-            time_scale=TIME_SCALE,
-        )
+        """conventions: arguments of `Denoiser`, of a network that was trained to others than the official ones."""
+        official = {
+            "path": RectifiedFlow(sigma_min=sigma_min),
+            "prediction": Prediction(kind="flow", sigma_min=sigma_min),
+            "shape": self._shape(net),
+            "time_scale": TIME_SCALE,
+        }
+        super().__init__(net, **{**official, **conventions})
         self.condition, self.empty = condition, empty
 
     @staticmethod
@@ -108,6 +120,18 @@ class FlowDenoiser(Denoiser):
             raise UserError("the empty text's encoding is not known: this network came without a text encoder")
         return {TEXT: self.empty.to(told).expand_as(told)}
 
+    def describe(self) -> dict[str, Any]:
+        told = {"part": self.part, "condition": self.condition, "empty": self.empty is not None}
+        return {**super().describe(), **told, "normalization": None}
+
+    def write(self, folder: FilePath) -> None:
+        """flow.json and flow.safetensors, as a stem of an official folder, in float32; and the empty text's encoding
+        where it is known."""
+        whole = all(value.dtype == torch.float32 for value in self.net.state_dict().values())
+        write_stem(self.net if whole else copy.deepcopy(self.net).float(), folder / STEM)
+        if self.empty is not None:
+            save_file({TEXT: self.empty.detach().cpu().contiguous()}, folder / EMPTY)
+
 
 class StructureDenoiser(FlowDenoiser):
     """The first stage: latents [B, C, R, R, R] of a dense occupancy grid."""
@@ -131,6 +155,10 @@ class LatentDenoiser(FlowDenoiser):
     def __init__(self, net: nn.Module, *, normalization: Normalization | None = None, **options: Any) -> None:
         super().__init__(net, **options)
         self.normalization = normalization
+
+    def describe(self) -> dict[str, Any]:
+        told = self.normalization
+        return {**super().describe(), "normalization": None if told is None else [list(values) for values in told]}
 
     @staticmethod
     def _shape(net: Any) -> tuple[int, ...]:

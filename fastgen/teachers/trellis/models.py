@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from fastgen import files
 from fastgen.errors import UserError, suggestion
 from fastgen.teachers.trellis.args import Network
 from fastgen.teachers.trellis.gaussian_decoder import SLatGaussianDecoder
@@ -45,3 +50,12 @@ def make(name: str, args: dict[str, Any], where: str) -> Network:
         return kind(**args)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def write_stem(net: Network, stem: Path) -> None:
+    """A network's .json and .safetensors as official folders have them, in the dtypes that it has: float32, or its
+    torso in float16."""
+    args = {**net.args.model_dump(mode="json", by_alias=True), "use_fp16": net.torso_dtype == torch.float16}
+    files.write_json(stem.with_name(f"{stem.name}.json"), {"name": type(net).__name__, "args": args})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    save_file(tensors, stem.with_name(f"{stem.name}.safetensors"))
