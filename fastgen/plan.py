@@ -242,7 +242,7 @@ def build(stage: Train, run: Context) -> Method:
     with files.shapes_only():
         teacher = run.open_teacher(stage.teacher) if stage.teacher else None
         like: Any = teacher if teacher is not None else run.open_teacher(stage.init or "teacher")
-        method = stage.build(run, teacher, like)
+        method = stage.build(run, stage.make_student(run, teacher, like), teacher)
     for module in (*method.networks.values(), *method.frozen.values()):
         module.to("meta")
     return method

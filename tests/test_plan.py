@@ -92,7 +92,8 @@ def test_full_size_networks_are_counted_without_their_weights(name, tmp_path, mo
 def measured(stage, run, out):
     """Bytes of a stage's tensors after one real step on the CPU, each storage once."""
     model = run.open_teacher(stage.teacher or "teacher")
-    method = stage.build(run, model if stage.teacher else None, model)
+    teacher = model if stage.teacher else None
+    method = stage.build(run, stage.make_student(run, teacher, model), teacher)
     before = {id(t): t for m in (*method.frozen.values(), *method.networks.values()) for t in tensors(m)}
     rows = {
         "x0": torch.randn(stage.loop.batch, *method.student.shape),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from fastgen.data import DataSet, open_data
 from fastgen.data.closed_form import MixtureSamples
 from fastgen.data.encoded import Captioned, EncodedPairs, Texts, encode
 from fastgen.data.part import data_part
+from fastgen.data.shape_rows import Part, ShapeRows
+from fastgen.data.shapes import LatentShapes, read_manifest
 from fastgen.data.shards import PairShards
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
@@ -17,6 +20,33 @@ from fastgen.stages.context import Context
 from fastgen.teachers.mixture import Mixture
 
 logger = logging.getLogger("fastgen")
+LATENTS = "latents"  # the folder that a stage's output has them in
+
+
+def latent_rows(run: Context, reference: str | None, part: Part, *flows: Denoiser) -> ShapeRows:
+    """Latents of shapes for these flows of a part: those of a stage or a folder, else the run's data.
+
+    A text flow that came without the empty text's encoding is given that of the latents. What does not fit the flows
+    (another normalisation, other conditions) is a UserError.
+    """
+    if reference is None:
+        config = run.config.data
+        if config is None or config.path is None:
+            raise UserError(f"part={part}: set data.path to latents of shapes, which `fastgen latents` makes")
+        folder = Path(config.path).expanduser()
+    else:
+        folder = run.path(reference)
+        folder = folder / LATENTS if reference in run.names else folder
+    manifest = read_manifest(folder)
+    mean, std = manifest.mean, manifest.std
+    for flow in flows:
+        normalization = getattr(flow, "normalization", None)
+        mean, std = (mean, std) if normalization is None else normalization
+        rows = ShapeRows(LatentShapes(folder, mean=mean, std=std), part, flow.reads)
+    for flow in cast(Any, flows):
+        if rows.empty is not None and flow.empty is None:
+            flow.empty = rows.empty.to(flow.device)
+    return rows
 
 
 def training_data(run: Context) -> DataSet | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,7 +13,6 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator
 from torch import Tensor
 
 import fastgen
-from fastgen import files, images
 from fastgen.codec import Codec
 from fastgen.config import Model, config_hash, explain, plain
 from fastgen.data import DataSet
@@ -33,17 +32,16 @@ from fastgen.nets.lora import (
     merged,
     share,
 )
-from fastgen.samplers import few_step
 from fastgen.samplers.replay import refuse_unreplayable
 from fastgen.stages.config import Stage
 from fastgen.stages.context import Context
-from fastgen.stages.inputs import as_seen, training_data
+from fastgen.stages.inputs import as_seen, latent_rows, training_data
+from fastgen.stages.preview import Preview
 from fastgen.student import Adapters, Student, save_teacher
 from fastgen.teacher import Teacher, facts_of, family
 from fastgen.trainers.engine.loop import Loop, LoopConfig, Rows
 from fastgen.trainers.engine.loop import check as check_loop
 from fastgen.trainers.engine.method import Method, find_method
-from fastgen.trainers.engine.monitors import left_band, sample_statistics
 
 logger = logging.getLogger("fastgen")
 PREVIEW_ROWS = 64
@@ -78,6 +76,8 @@ class Train(Stage):
     init_distilled: bool = False
     teacher: str | None = None
     pairs: str | None = None
+    part: Literal["structure", "latent"] | None = None  # which flow of a TRELLIS folder
+    latents: str | None = None  # of shapes: a stage, or a folder; None: the run's data
     student: StudentConfig = Field(default_factory=StudentConfig)
     teacher_precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of frozen weights: the teacher's, and under adapters
     caption_dropout: float = Field(default=0.0, ge=0, le=1)  # share of rows that are given the empty prompt
@@ -103,14 +103,15 @@ class Train(Stage):
 
     def settings(self) -> tuple[str, ...]:
         ours = ("seed", "guidance", "guidance_interval", "size")
-        return (*ours, "data", "hold_out") if self.pairs is None else ours
+        return (*ours, "data", "hold_out") if self.pairs is None and self.latents is None else ours
 
     def check(self, run: Context) -> None:
         if (self.net is None) == (self.init is None):
             raise UserError(f"stage {self.name}: set one of net (a fresh network) and init (a stage, teacher or path)")
         if self.init is not None and self.init not in run.names:
             run.path(self.init)  # refuses a closed-form teacher, which has no weights
-        init, teacher = run.look(self.init), run.look(self.teacher)
+        self._refuse_misplaced_part()
+        init, teacher = run.look(self.init, self.part), run.look(self.teacher, self.part)
         if init is not None and init.kind == "student" and not self.init_distilled:
             raise UserError(
                 f"stage {self.name}: init={self.init} is a distilled student, not a teacher; "
@@ -119,7 +120,7 @@ class Train(Stage):
         self._distance("cpu", None)
         self._refuse_precision()
         check_loop(self.loop, find_method(self.method.name))
-        data = None if self.pairs in run.names else self._data(run)
+        data = None if self.pairs in run.names or self.part is not None else self._data(run)
         if self.net is not None and self.teacher is None and self.pairs is None and data is None:
             raise UserError(
                 f"stage {self.name}: a fresh net needs data or a teacher to know its shape from; set data.path"
@@ -134,10 +135,13 @@ class Train(Stage):
             from fastgen.plan import refuse_if_too_large  # which builds stages itself
 
             refuse_if_too_large(self, run)
-        teacher = run.open_teacher(self.teacher) if self.teacher else None
-        data = self._data(run)
-        method = self.build(run, teacher, data)
-        student = method.student
+        teacher = run.open_teacher(self.teacher, self.part) if self.teacher else None
+        data = None if self.part is not None else self._data(run)
+        student = self.make_student(run, teacher, data)
+        if self.part is not None:
+            flows = (student,) if teacher is None else (student, teacher.denoiser)
+            data = latent_rows(run, self.latents, self.part, *flows)
+        method = self.build(run, student, teacher)
         source = self._source(run, method, data if method.needs else None)
         loop = Loop(
             method,
@@ -166,10 +170,9 @@ class Train(Stage):
     def _data(self, run: Context) -> DataSet | None:
         return training_data(run) if self.pairs is None else PairShards(run.path(self.pairs))
 
-    def build(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Method:
+    def build(self, run: Context, student: Denoiser, teacher: Teacher | None) -> Method:
         """The method with its networks: trained whole, or as adapters on frozen weights that they share."""
         kind, lora, seed = find_method(self.method.name), self.student.lora, run.config.seed
-        student = self._student(run, teacher, data)
         more = {}
         if lora is not None and teacher is not None:
             more = {name: add_lora(share(teacher.denoiser), lora, seed + i) for i, name in enumerate(kind.copies, 1)}
@@ -183,11 +186,11 @@ class Train(Stage):
             teacher.denoiser.to(HALF[self.teacher_precision])  # only now: what is trained whole was copied in float32
         return method
 
-    def _student(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Denoiser:
+    def make_student(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Denoiser:
         """A trainable copy of what `init` names, or a fresh network in the shape of the teacher, else of the data."""
         if self.init is not None:
             shared = self.student.lora is not None and teacher is not None and self.init == self.teacher
-            student = share(teacher.denoiser) if shared and teacher else run.open_denoiser(self.init)
+            student = share(teacher.denoiser) if shared and teacher else run.open_denoiser(self.init, self.part)
             if self.student.lora is not None:
                 return add_lora(student, self.student.lora, run.config.seed)
             return copy.deepcopy(student).requires_grad_(True)
@@ -201,7 +204,8 @@ class Train(Stage):
         student = method.student
         if data is not None:
             data = as_seen(run, data, student, images="x0" in method.needs)
-        same_shape(self.name, student=student, teacher=method.teacher, **{"pairs" if self.pairs else "data": data})
+        source = "pairs" if self.pairs else "latents" if self.part else "data"
+        same_shape(self.name, student=student, teacher=method.teacher, **{source: data})
         self._refuse_other_classes(student, data)
         if self.caption_dropout and not isinstance(data, Encoded):
             raise UserError(
@@ -232,6 +236,16 @@ class Train(Stage):
         adapters = Adapters(lora_tensors(student), lora_settings(student))
         # Merged into the weights as they were read: those that were trained under may have been rounded.
         return merged(load_lora(run.open_denoiser(self.init), adapters.tensors, adapters.settings)), adapters
+
+    def _refuse_misplaced_part(self) -> None:
+        if self.part is None and self.latents is not None:
+            raise UserError(f"stage {self.name}: latents={self.latents} are for a flow of TRELLIS; set part")
+        if self.part is None:
+            return
+        for key in ("net", "pairs"):
+            if getattr(self, key) is not None:
+                told = "trains a flow of a folder on latents of shapes"
+                raise UserError(f"stage {self.name}: part={self.part} {told}; leave {key} out")
 
     def _refuse_precision(self) -> None:
         name, asked = self.method.name, self.teacher_precision
@@ -343,45 +357,3 @@ def same_shape(stage: str, **things: Any) -> None:
 
 def _classes(number: int | None) -> str:
     return "no labels" if number is None else f"{number} classes"
-
-
-class Preview:
-    """Fixed noise through the student now and then: a picture, collapse monitors, and the method's own figures.
-
-    shown: fixed conditions for the picture; None: those of the first rows.
-    """
-
-    def __init__(self, source: Rows | None, folder: Path, rows: int, shown: Mapping[str, Tensor] | None = None) -> None:
-        self.folder, self.rows = folder, torch.arange(rows)
-        self.data = None if source is None else source.get(self.rows)
-        self.shown = shown
-
-    @torch.no_grad()
-    def __call__(self, loop: Loop) -> dict[str, float]:
-        student, spec = loop.student.eval(), loop.method.sampler()
-        batch = loop.batch_of(self.rows, self.data or {})
-        shown = batch
-        if self.shown is not None:
-            shown = loop.batch_of(torch.arange(len(next(iter(self.shown.values())))), self.shown)
-        z = shown["eps"] if "eps" in shown.data else shown.normal("preview", student.shape)
-        conditional = student.num_classes is not None or self.shown is not None
-        steps = loop.method.preview_steps
-        renoise = lambda i: shown.normal("preview/renoise", student.shape, draw=i)  # noqa: E731
-        samples = few_step.sample(student, spec, z, steps, shown.cond if conditional else None, renoise=renoise)
-        self._picture(samples, student.codec, loop.step)
-        values = loop.method.diagnose(student, batch)
-        if "x0" in batch.data:
-            statistics = sample_statistics(samples, batch.x0)
-            for line in left_band(statistics):
-                logger.warning("%s: step %d: %s", self.folder.name, loop.step, line)
-            values |= statistics
-        return values
-
-    def _picture(self, samples: Tensor, codec: Codec | None, step: int) -> None:
-        if codec is not None:
-            samples = codec.decode(samples)
-            codec.release()
-        if samples.ndim == 4 and samples.shape[1] in (1, 3):
-            files.make_folder(self.folder / "previews")
-            grid = images.grid_png(samples.float().cpu().nan_to_num())
-            files.write_atomic(self.folder / "previews" / f"step-{step:08d}.png", grid)
