@@ -30,8 +30,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.paths import EDM, Prediction
 from fastgen.teacher import Teacher
 from fastgen.teachers.unet import UNetDenoiser
-from fastgen.trainers.engine.loop import parts_of
-from fastgen.trainers.engine.method import Batch, Method, find_method
+from fastgen.trainers.engine.method import Batch, Method, find_method, parts_of
 
 BATCH, CHANNELS, BLOCKS, ATTENDED, LR = 16, 32, 4, 16, 1e-4
 NETS = {"tiny": (8, (1,)), "small": (16, (1, 2))}  # side in pixels, channels of each level over 32

@@ -28,8 +28,7 @@ from fastgen.stages.config import load_run
 from fastgen.stages.context import Context
 from fastgen.stages.train import Train
 from fastgen.trainers.engine.averages import slow_copy
-from fastgen.trainers.engine.loop import parts_of
-from fastgen.trainers.engine.method import Batch, Method, find_method
+from fastgen.trainers.engine.method import Batch, Method, find_method, parts_of
 from fastgen.trainers.engine.optim import OptimConfig
 
 GIB = 2**30

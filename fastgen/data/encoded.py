@@ -169,6 +169,9 @@ class CaptionDropout:
                 batch[name][dropped] = null
         return batch
 
+    def tokens(self, rows: Tensor) -> list[int]:
+        return self.source.tokens(rows)
+
 
 def encode(
     codec: Codec, data: Captioned, cache: Path, *, shape: tuple[int, ...], images: bool, **options: Any

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgen.data import DataSet
+from fastgen.errors import UserError
 
 _HALF = np.uint64(32)
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -38,6 +39,12 @@ class Source:
     def get(self, rows: Tensor) -> dict[str, Tensor]:
         """The samples of these rows, on the CPU."""
         return self.data.get(self.index(rows))
+
+    def tokens(self, rows: Tensor) -> list[int]:
+        """The size of each row's sample, for data whose samples differ in it; a UserError for others."""
+        if not hasattr(self.data, "tokens"):
+            raise UserError(f"loop.micro_tokens: the samples of {self.data.name} are of one size; use loop.micro")
+        return self.data.tokens(self.index(rows))
 
 
 def shuffled(seed: int, rows: np.ndarray, n: int) -> np.ndarray:

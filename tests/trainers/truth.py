@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fastgen import noise
 from fastgen.denoiser import Denoiser
-from fastgen.layout import expand
+from fastgen.layout import Samples, expand
 from fastgen.paths import Pair, Path, Prediction, RectifiedFlow
 from fastgen.teachers import mlp
 from fastgen.teachers.mixture import Mixture
-from fastgen.trainers.engine.method import Batch, Method
+from fastgen.trainers.engine.method import Batch, Method, parts_of
 from fastgen.trainers.reflow import Reflow
 
 RF = RectifiedFlow()
@@ -46,6 +46,9 @@ class WideBatch(Batch):
     def normal(self, tag: str, shape: tuple[int, ...], draw: int = 0) -> Tensor:
         return super().normal(tag, shape, draw).double()
 
+    def normal_like(self, tag: str, x: Samples, draw: int = 0) -> Samples:
+        return super().normal_like(tag, x, draw).double()
+
     def uniform(self, tag: str, shape: tuple[int, ...] = (), draw: int = 0) -> Tensor:
         return super().uniform(tag, shape, draw).double()
 
@@ -60,9 +63,9 @@ def gaussian(n: int, shape: tuple[int, ...], seed: int = 1) -> Tensor:
 
 
 def gradients(method: Method, rows: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a method on a batch and its gradient by parameter."""
-    loss = method.loss(rows)
-    loss = loss[0] if isinstance(loss, tuple) else loss
+    """The loss of a method on a batch, its parts added up, and its gradient by parameter."""
+    loss = sum(part[0] if isinstance(part, tuple) else part for part in parts_of(method.loss(rows)))
+    assert isinstance(loss, Tensor)
     names, parameters = zip(*method.student.named_parameters(), strict=True)
     return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 

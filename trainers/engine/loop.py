@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 import torch
 from pydantic import Field
@@ -21,9 +20,16 @@ from fastgen.trainers.engine import averages
 from fastgen.trainers.engine.averages import AverageConfig, Follower
 from fastgen.trainers.engine.checkpoint import Checkpoints, PartlyFrozen, frozen_names
 from fastgen.trainers.engine.logs import Log
-from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.engine.method import Batch, Method, Turn, parts_of
 from fastgen.trainers.engine.monitors import UpdateMonitor
-from fastgen.trainers.engine.optim import OptimConfig, Precision, ScheduleConfig, make_optimizer
+from fastgen.trainers.engine.optim import (
+    ClipConfig,
+    ClipLimit,
+    OptimConfig,
+    Precision,
+    ScheduleConfig,
+    make_optimizer,
+)
 from fastgen.trainers.engine.optim import check as check_optim
 from fastgen.trainers.engine.parallel import Ranks
 
@@ -37,10 +43,11 @@ class LoopConfig(Model):
     steps: int = Field(default=1000, ge=1)
     batch: int = Field(default=64, ge=1)
     micro: int | None = Field(default=None, ge=1)  # rows per forward pass; None: the whole batch
+    micro_tokens: int | None = Field(default=None, ge=1)  # and of rows of unequal sizes, voxels per forward pass
     optim: OptimConfig = OptimConfig()
     networks: dict[str, OptimConfig] = Field(default_factory=dict)  # instead of `optim`, for single networks by name
     schedule: ScheduleConfig = ScheduleConfig()
-    clip: float | None = Field(default=1.0, gt=0)
+    clip: Annotated[float, Field(gt=0)] | ClipConfig | None = 1.0
     replace_nan: bool = False  # in gradients: nan by 0, infinities by 1e5 and -1e5; `bad_limit` holds for these too
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     ema: tuple[AverageConfig, ...] = ()  # evaluation averages of the student; the first one is exported
@@ -68,6 +75,10 @@ class Rows(Protocol):
     """Where data come from: named tensors for global row numbers, int64 [B]."""
 
     def get(self, rows: Tensor) -> Mapping[str, Tensor]: ...
+
+    def tokens(self, rows: Tensor) -> list[int]:
+        """How much of a forward pass each row is; asked for where `loop.micro_tokens` limits it."""
+        ...
 
 
 class Loop:
@@ -106,6 +117,7 @@ class Loop:
         self._frozen = {name: frozen_names(net) for name, net in names.items()}
         optim = {name: config.networks.get(name, config.optim) for name in names}
         self.optimizers = {name: make_optimizer(self.trained[name], optim[name]) for name in names}
+        self.limits = {name: ClipLimit(config.clip) for name in names}
         self._base_lr = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
         self.slow = {name: averages.slow_copy(names[a.of]) for name, a in method.averages.items()}
         self.method.slow = self.slow
@@ -137,6 +149,10 @@ class Loop:
             given = set(self.source.get(torch.arange(1)))
             if missing := method.needs - given:
                 raise UserError(f"method {method.config.name} needs {sorted(missing)}, the data give {sorted(given)}")
+        if config.micro_tokens is not None:
+            if self.source is None:
+                raise UserError(f"loop.micro_tokens: method {method.config.name} was given no data; leave it off")
+            self.source.tokens(torch.arange(1))
         for name, module in method.frozen.items():
             if module.training:
                 raise UserError(f"the frozen network '{name}' is in train mode; call eval() on it")
@@ -197,6 +213,10 @@ class Loop:
         rows = self.ranks.rows(torch.arange(self.drawn, self.drawn + self.config.batch))
         self.drawn += self.config.batch
         parts = rows.split(self.config.micro or len(rows))
+        if self.config.micro_tokens is not None:
+            sizes = [cast(Rows, self.source).tokens(part) for part in parts]
+            most = self.config.micro_tokens
+            parts = [piece for part, own in zip(parts, sizes, strict=True) for piece in by_tokens(part, own, most)]
         return [self.batch_of(part, {} if self.source is None else self.source.get(part)) for part in parts]
 
     def batch_of(self, rows: Tensor, data: Mapping[str, Tensor]) -> Batch:
@@ -209,13 +229,14 @@ class Loop:
         names = ",".join(turn.trains)
         self._give_turn(turn.trains)
         total, logs = torch.zeros((), device=self.device), {}
+        count = sum(map(len, batches))
         for batch in batches:
             self._seed_dropout(zlib.crc32(f"{self.seed} {self.step} {int(batch.rows[0])}".encode()))
             with self.precision.autocast():
                 losses = turn.loss(batch)
                 for loss in parts_of(losses):
                     value, extra = loss if isinstance(loss, tuple) else (loss, {})
-                    value = value / len(batches)
+                    value = value * (len(batch) / count)
                     self.precision.scaler.scale(value).backward()
                     total += value.detach().float()
                     logs.update({key: v.detach() if isinstance(v, Tensor) else v for key, v in extra.items()})
@@ -233,6 +254,8 @@ class Loop:
         """Step the optimisers of these networks if the loss and every gradient are finite, else skip the update."""
         mended = [name for name in names if self._mend(name)]
         norms = {name: self._clip(name) for name in names}
+        for name in names:
+            self.limits[name].see(float(norms[name]))
         finite = bool(torch.isfinite(torch.stack([loss, *norms.values()])).all())
         good = not self.ranks.any(not finite)
         self.bad = 0 if good else self.bad + 1
@@ -267,7 +290,7 @@ class Loop:
         """The network's gradient norm before clipping, unscaled."""
         if self.precision.scaler.is_enabled():
             self.precision.scaler.unscale_(self.optimizers[name])
-        return torch.nn.utils.clip_grad_norm_(self.trained[name], self.config.clip or math.inf, foreach=True)
+        return torch.nn.utils.clip_grad_norm_(self.trained[name], self.limits[name].value, foreach=True)
 
     def _not_finite(self, names: tuple[str, ...]) -> str:
         saved = self.checkpoints.steps()
@@ -313,6 +336,7 @@ class Loop:
             "seed": self.seed,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.precision.scaler.state_dict(),
+            "norms": {name: list(limit.norms) for name, limit in self.limits.items()},
             **{kept: {name: m.state() for name, m in modules.items()} for kept, modules in self._modules().items()},
         }
 
@@ -347,6 +371,8 @@ class Loop:
                     module.load(state[kept][name])
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
+            for name, limit in self.limits.items():
+                limit.norms.extend(state["norms"][name])
         except (KeyError, RuntimeError, ValueError) as error:
             detail = str(error).split("\n")[-1].strip()
             raise UserError(
@@ -359,9 +385,15 @@ class Loop:
         return True
 
 
-def parts_of(losses: Loss | Iterable[Loss]) -> Iterable[Loss]:
-    """A loss, or the parts of one as they are computed."""
-    single = isinstance(losses, Tensor) or (
-        isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], Mapping)
-    )
-    return [cast(Loss, losses)] if single else cast(Iterable[Loss], losses)
+def by_tokens(rows: Tensor, sizes: Sequence[int], most: int) -> Iterator[Tensor]:
+    """Rows one after the other, in each part as many as have at most so many tokens together; one that alone has more
+    is a UserError."""
+    first, total = 0, 0
+    for i, size in enumerate(sizes):
+        if size > most:
+            raise UserError(f"loop.micro_tokens={most}: row {int(rows[i])} alone has {size} voxels; raise it")
+        if total + size > most:
+            yield rows[first:i]
+            first, total = i, 0
+        total += size
+    yield rows[first:]

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -173,6 +173,14 @@ class Method:
         """Called once, at the end, with the network that is about to be written, in eval mode, and rows that were not
         trained on: facts that its folder shall tell. A RunFailed instead leaves no folder."""
         return {}
+
+
+def parts_of(losses: Loss | Iterable[Loss]) -> Iterable[Loss]:
+    """A loss, or the parts of one as they are computed."""
+    single = isinstance(losses, Tensor) or (
+        isinstance(losses, tuple) and len(losses) == 2 and isinstance(losses[1], Mapping)
+    )
+    return [cast(Loss, losses)] if single else cast(Iterable[Loss], losses)
 
 
 def needs_of(student: Denoiser) -> frozenset[str]:

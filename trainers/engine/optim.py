@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -28,6 +29,37 @@ class OptimConfig(Model):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
+
+
+class ClipConfig(Model):
+    """A limit of the gradient norm that follows the run: at most `most`, and once `window` finite norms are known, at
+    most that percentile of the last `window` of them (TRELLIS's, 2412.01506: 1, 95, 1000)."""
+
+    most: float = Field(default=1.0, gt=0)
+    percentile: float = Field(default=95.0, gt=0, le=100)
+    window: int = Field(default=1000, ge=1)
+
+
+class ClipLimit:
+    """One network's limit. Its state is the norms it has seen, oldest first."""
+
+    def __init__(self, config: ClipConfig | float | None) -> None:
+        self.config = config
+        self.norms: deque[float] = deque(maxlen=config.window if isinstance(config, ClipConfig) else 0)
+
+    @property
+    def value(self) -> float:
+        if not isinstance(self.config, ClipConfig):
+            return self.config or math.inf
+        if len(self.norms) < self.config.window:
+            return self.config.most
+        known = torch.tensor(self.norms, dtype=torch.float64)
+        return min(self.config.most, float(torch.quantile(known, self.config.percentile / 100)))
+
+    def see(self, norm: float) -> None:
+        """Remember a norm before clipping; one that is not finite is no measure."""
+        if math.isfinite(norm):
+            self.norms.append(norm)
 
 
 class ScheduleConfig(Model):
