@@ -1,8 +1,9 @@
 """Own meshes to TRELLIS latents, so that they can be distilled on: the published recipe with our own renderer.
 
 A mesh fills [-0.5, 0.5]^3; the voxels that its surface touches get DINOv2's patch tokens of many views, averaged, and
-go through the encoder of structured latents; the occupied grid goes through the structure encoder. What is made lies in
-the folder that `fastgen.data.shapes` describes.
+go through the encoder of structured latents; the occupied grid goes through the structure encoder. What the flows are
+told of it (`fastgen.data.shape_conditions`) goes beside. What is made lies in the folder that `fastgen.data.shapes`
+describes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn import functional
 
 from fastgen import files, noise
 from fastgen.data import shapes
+from fastgen.data.shape_conditions import Conditions, picture
 from fastgen.data.shapes import Manifest
 from fastgen.data.shards import payload
 from fastgen.errors import UserError, require
@@ -29,7 +31,6 @@ from fastgen.geometry import mesh as meshes
 from fastgen.geometry.cameras import Camera, sphere
 from fastgen.geometry.export import z_up
 from fastgen.geometry.mesh import Mesh
-from fastgen.geometry.views import render
 from fastgen.geometry.voxelise import surface_voxels, voxel_centres
 from fastgen.sparse import Voxels
 from fastgen.teachers.trellis import PIPELINE
@@ -141,7 +142,7 @@ class Encoders:
             "structure": self.structure(grid)[0][0].float(),
         }
 
-    def manifest(self, *, views: int, size: int, up: Up, seed: int) -> Manifest:
+    def manifest(self, *, views: int, size: int, up: Up, seed: int, conditions: Conditions | None = None) -> Manifest:
         side = self.resolution // self.factor
         return Manifest(
             image_encoder=self.hashes["image_encoder"],
@@ -158,6 +159,9 @@ class Encoders:
             structure=(self.structure.args.latent_channels, side, side, side),
             mean=self.mean,
             std=self.std,
+            condition=conditions and conditions.condition,  # type: ignore[arg-type]
+            condition_encoder=conditions.sha256 if conditions else "",
+            conditions=conditions.count if conditions else 0,
         )
 
 
@@ -177,40 +181,73 @@ def make(
     size: int = 512,
     up: Up = "y",
     seed: int = 0,
+    conditions: Conditions | None = None,
     skip_bad: bool = False,
     advance: Callable[[str, int], None] = lambda name, views: None,
 ) -> dict[str, str]:
-    """The latents of every mesh below `source` into `out`; what is there already and whole is kept.
+    """The latents of every mesh below `source`, and their `conditions`, into `out`; what is there and whole is kept.
 
     Returns the meshes that were left out, with the reasons; unless `skip_bad`, one of them is a UserError before
     anything is made. advance(name, views) is told of a mesh's views that are done.
     """
     found = mesh_files(source)
-    manifest = encoders.manifest(views=views, size=size, up=up, seed=seed)
+    manifest = encoders.manifest(views=views, size=size, up=up, seed=seed, conditions=conditions)
     shapes.agree(out, manifest)
+    maker = _Maker(encoders, manifest, out, conditions, advance)
     hashes = {name: files.sha256(file) for name, file in found.items()}
-    todo = [name for name in found if not shapes.finished(out, name, manifest, hashes[name])]
+    todo = {name: missing for name in found if any(missing := maker.missing(name, hashes[name]))}
     if not skip_bad:
         _refuse_bad({name: found[name] for name in todo}, up)
     shapes.begin(out, manifest)
+    if conditions is not None and (empty := conditions.empty) is not None:
+        shapes.write_empty(out, empty, manifest)
     skipped: dict[str, str] = {}
-    for done, name in enumerate(todo):
+    for done, (name, missing) in enumerate(todo.items()):
         try:
-            mesh = read(found[name], up)
+            maker.make(name, read(found[name], up), hashes[name], *missing)
         except UserError as error:
+            if not skip_bad:
+                raise
             skipped[name] = _line(error)
             logger.warning("left out: %s", skipped[name])
-            continue
-        cameras = directions(manifest, hashes[name])
-        tensors = latents(encoders, mesh.to(encoders.device), cameras, advance=partial(advance, name))
-        shapes.write(out, name, tensors, manifest, hashes[name])
-        logger.info("%s: %d voxels, mesh %d of %d", name, len(tensors["coords"]), done + 1, len(todo))
+        else:
+            logger.info("%s: mesh %d of %d", name, done + 1, len(todo))
     kept = [name for name in found if name not in skipped]
     if not kept:
         raise UserError(f"{source}: none of its {len(found)} meshes can be used ({next(iter(skipped.values()))})")
     voxels = shapes.close(out, kept, skipped)
-    files.write_atomic(out / "README.md", card(manifest, len(kept), voxels, skipped))
+    files.write_atomic(out / "README.md", card(manifest, len(kept), voxels, skipped, conditions))
     return skipped
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What is made of one mesh after another."""
+
+    encoders: Encoders
+    manifest: Manifest
+    out: Path
+    conditions: Conditions | None
+    advance: Callable[[str, int], None]
+
+    def missing(self, name: str, digest: str) -> tuple[bool, bool]:
+        """Whether a mesh lacks its latents, and its conditions; digest: sha256 of its file."""
+        latents = not shapes.finished(self.out, name, self.manifest, digest)
+        if self.conditions is None:
+            return latents, False
+        told = self.conditions.told(name)
+        return latents, not shapes.conditioned(self.out, name, self.manifest, digest, told)
+
+    def make(self, name: str, mesh: Mesh, digest: str, with_latents: bool, with_conditions: bool) -> None:
+        mesh = mesh.to(self.encoders.device)
+        if with_latents:
+            cameras = directions(self.manifest, digest)
+            made = latents(self.encoders, mesh, cameras, advance=partial(self.advance, name))
+            shapes.write(self.out, name, made, self.manifest, digest)
+        if with_conditions:
+            assert self.conditions is not None
+            told, made_of = self.conditions.encode(name, mesh, digest, self.manifest), self.conditions.told(name)
+            shapes.write_conditions(self.out, name, told, self.manifest, digest, made_of)
 
 
 def directions(manifest: Manifest, mesh: str) -> list[Camera]:
@@ -292,15 +329,6 @@ def features(
     return (total / len(cameras)).half()
 
 
-def picture(mesh: Mesh, camera: Camera) -> Image:
-    """What a camera sees, RGBA."""
-    from PIL import Image as Pictures
-
-    view = render(mesh, camera)
-    values = torch.cat([view.shaded, view.alpha[..., None]], -1)
-    return Pictures.fromarray((values * 255).round().clamp(0, 255).to(torch.uint8).numpy(force=True))
-
-
 def pixels(view: Image) -> Tensor:
     """An RGBA picture as the image encoder sees it but for mean and std: on black, [3, 518, 518] in 0..1."""
     from PIL import Image as Pictures
@@ -316,7 +344,9 @@ def at_points(tokens: Tensor, camera: Camera, points: Tensor) -> Tensor:
     return functional.grid_sample(tokens[None], place.to(tokens)[None, None], align_corners=False)[0, :, 0].T
 
 
-def card(manifest: Manifest, count: int, voxels: int, skipped: dict[str, str]) -> str:
+def card(
+    manifest: Manifest, count: int, voxels: int, skipped: dict[str, str], conditions: Conditions | None = None
+) -> str:
     """README.md: what the latents are, and what is not as in the original."""
     fewer = "" if manifest.views == VIEWS else f", where the published recipe has {VIEWS}"
     told = [
@@ -326,6 +356,7 @@ def card(manifest: Manifest, count: int, voxels: int, skipped: dict[str, str]) -
         "",
         f"* Views: {manifest.views} of {manifest.size} x {manifest.size} pixels{fewer}.",
         f"* They were NOT rendered by the original's renderer: {manifest.renderer}. Features differ accordingly.",
+        f"* Conditions: {conditions.describe() if conditions else 'none'}.",
         f"* `latent` is normalised: mean {list(manifest.mean)}, std {list(manifest.std)}.",
         f"* The meshes' files had {manifest.up} up; latents have z up.",
         "* The terms of the meshes apply, and those of the encoders' weights.",
@@ -334,8 +365,10 @@ def card(manifest: Manifest, count: int, voxels: int, skipped: dict[str, str]) -
         ("image encoder", manifest.image_encoder),
         ("latent encoder", manifest.latent_encoder),
         ("structure encoder", manifest.structure_encoder),
+        ("encoder of the conditions", manifest.condition_encoder),
     ):
-        told.append(f"* {name}: sha256 `{digest}`")
+        if digest:
+            told.append(f"* {name}: sha256 `{digest}`")
     if skipped:
         told += ["", f"{len(skipped)} left out:", "", *(f"* {reason}" for reason in skipped.values())]
     return "\n".join([*told, ""])

@@ -40,10 +40,8 @@ def slab():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trellis") / "trellis-image-large"
-    trellis.write(path, path.name)
-    return path
+def folder(image_folder):
+    return image_folder
 
 
 @pytest.fixture(scope="module")
