@@ -72,26 +72,6 @@ def test_samples_of_encoder_and_decoders_are_apart(kind):
         torch.testing.assert_close(alone[i].feats, together[i].feats, rtol=1e-9, atol=1e-9)
 
 
-def test_on_a_full_grid_the_latent_flow_is_the_structure_flow():
-    """Values and gradients in float64: the same blocks, the same tokens, no convolutions."""
-    dense = small("SparseStructureFlowModel", qk_rms_norm_cross=True)
-    sparse = small("SLatFlowModel", io_block_channels=None, patch_size=1, qk_rms_norm_cross=True)
-    weights = {key: value for key, value in dense.state_dict().items() if key != "pos_emb"}
-    # The dense positions are kept in float32, as the official buffer is.
-    dense.pos_emb.copy_(positions(torch.cartesian_prod(*[torch.arange(4)] * 3), 24, torch.float64))
-    sparse.load_state_dict(weights, strict=True)
-    x, (time, cond) = normal(2, 3, 4, 4, 4), told()
-    rows = voxels(3, size=4, share=2.0)
-    v = rows.with_feats(x.movedim(1, -1).flatten(0, 3))
-    found, expected = sparse(v, time, cond).feats, dense(x, time, cond).movedim(1, -1).flatten(0, 3)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    found.square().mean().backward()
-    expected.square().mean().backward()
-    others = dict(dense.named_parameters())
-    for name, parameter in sparse.named_parameters():
-        torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-9, atol=1e-10, msg=name)
-
-
 def test_the_order_of_rows_does_not_matter():
     for kind, channels in (("SLatFlowModel", 3), ("SLatGaussianDecoder", 4)):
         net, x = small(kind), voxels(channels, batch=1)
