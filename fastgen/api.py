@@ -228,8 +228,23 @@ def load(path: str | Path, *, config: str | Path | None = None, device: str = "a
     return load_student(folder, device=device) if student else load_teacher(folder, device=device)
 
 
+def _refuse_shapes(folder: Path) -> None:
+    """What makes shapes needs two flows and a decoder, and no pipeline of images."""
+    from fastgen.teachers.trellis import recognises
+
+    told = peek_json(folder / FACTS).get("denoiser")
+    if recognises(folder):
+        raise UserError(f"{folder}: TRELLIS makes shapes: `fastgen generate`, or fastgen.shapes.Shapes in Python")
+    if isinstance(told, dict) and told.get("family") == "trellis":
+        raise UserError(
+            f"{folder}: one flow of TRELLIS, which makes nothing by itself: a stage `assemble` puts it into a folder "
+            "that `fastgen generate` takes (docs/trellis.md)"
+        )
+
+
 def load_student(path: str | Path, *, device: str = "auto") -> Generator:
     """A student folder; a teacher is refused."""
+    _refuse_shapes(Path(path))
     student, device = Student.load(path), pick_device(device)
     student.denoiser.to(device).eval()
     if student.denoiser.codec is not None:
@@ -239,4 +254,6 @@ def load_student(path: str | Path, *, device: str = "auto") -> Generator:
 
 def load_teacher(path: str | Path, *, device: str = "auto", guidance: float | None = None) -> Generator:
     """Any checkpoint as a teacher, a student's network included."""
-    return Generator(open_teacher(locate(path), device=pick_device(device), guidance=guidance))
+    folder = locate(path)
+    _refuse_shapes(folder)
+    return Generator(open_teacher(folder, device=pick_device(device), guidance=guidance))

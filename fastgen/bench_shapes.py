@@ -173,7 +173,7 @@ class Subject:
     def settings(self, stage: str, steps: int | None = None) -> flow_euler.FlowEuler:
         """Of a flow's sampler: the folder's, with the steps and the guidance that were asked for."""
         w = None if self.options.guidance is None else self.options.guidance - 1
-        return self.shapes.settings(getattr(self.folder, stage), stage, steps=steps, cfg_strength=w)
+        return self.shapes.settings(stage, steps=steps, cfg_strength=w)
 
     def normal(self, what: str, batch: int, shape: Sequence[int]) -> Tensor:
         rows = torch.arange(batch, device=self.device)
@@ -376,7 +376,7 @@ class _Run:
                 variant=variant.name,
                 batch=batch,
                 steps=steps,
-                nfe=sum(steps if stage.sampler else stage.calls for stage in stages),
+                nfe=sum(self.subject.settings(s.sampler, steps).steps if s.sampler else s.calls for s in stages),
                 res=f"{len(self.subject.injected.coords)} voxels",
                 device=self.name,
                 dtype=str(self.subject.shapes.torso).removeprefix("torch."),

@@ -131,7 +131,7 @@ def _seal(folder: Path) -> None:
     mark = folder / COMPLETE
     mark.touch()
     for entry in sorted(folder.rglob("*")):
-        if entry.is_file():
+        if entry.is_file() and entry.stat().st_nlink == 1:  # what is linked has another owner
             entry.chmod(mark.stat().st_mode)  # safetensors leaves its files to their owner alone
         _fsync(entry)
     _fsync(folder)

@@ -59,6 +59,7 @@ def _pairs(path: Path) -> dict[str, Any]:
 
 def _trellis(path: Path) -> dict[str, Any]:
     """What a TRELLIS folder says, and its networks, whose files are held against them by their headers."""
+    from fastgen.teacher import facts_of
     from fastgen.teachers.trellis.folder import TrellisFolder
 
     folder, networks = TrellisFolder.read(path), {}
@@ -66,14 +67,19 @@ def _trellis(path: Path) -> dict[str, Any]:
         net, (_, weights) = folder.checked(role), folder.files(role)
         count = sum(p.numel() for p in net.parameters())
         networks[role] = {"class": type(net).__name__, "parameters": count, "bytes": weights.stat().st_size}
+    student = folder.student
+    few = {} if student is None else {"steps": sorted(student.steps), "sampler": student.sampler}
     return {
-        "kind": "teacher",
+        "kind": "teacher" if student is None else "student",
         "family": "trellis",
+        **few,
+        "flows": {part: folder.kind(part) for part in trellis.PARTS},
         "condition": folder.condition,
         "encoder": folder.encoder,
         "networks": networks,
         "structure_sampler": folder.structure.params,
         "latent_sampler": folder.latent.params,
+        "facts": facts_of(path),
     }
 
 

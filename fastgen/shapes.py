@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from fastgen import cond as conditions
 from fastgen import noise
 from fastgen.cond import Cond
-from fastgen.errors import RunFailed, UserError
-from fastgen.samplers import flow_euler
+from fastgen.errors import RunFailed, UserError, suggestion
+from fastgen.layout import normal_like
+from fastgen.samplers import few_step, flow_euler
 from fastgen.samplers.flow_euler import FlowEuler
 from fastgen.sparse import Voxels
+from fastgen.student import SamplerSpec
 from fastgen.teacher import Teacher
-from fastgen.teachers.trellis import PIPELINE
+from fastgen.teachers.trellis import PARTS, PIPELINE
 from fastgen.teachers.trellis.conditions import ImageEncoder, TextEncoder
 from fastgen.teachers.trellis.flows import IMAGE, TEXT, FlowDenoiser
-from fastgen.teachers.trellis.folder import DECODERS, STRUCTURE_DECODER, Sampler, TrellisFolder
+from fastgen.teachers.trellis.folder import DECODERS, SAMPLERS, STRUCTURE_DECODER, Sampler, TrellisFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastgen")
 TAG = "shape"
+RULES = ("euler", "renoise")
 TORSOS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Float32 numbers that the mesh decoder and the extraction hold at their peak, for each voxel and channel of the trunk:
 # 64 fine voxels of an eighth of the width, a few times over. Measured at full size: 41, and 90 MiB besides.
@@ -68,10 +71,42 @@ class Shapes:
         kind = ImageEncoder if folder.condition == IMAGE else TextEncoder
         self.encoder: Any = kind(folder.encoder, folder=encoder, device=device)
 
-    def settings(self, stage: Sampler, name: str, **changes: Any) -> FlowEuler:
-        """A stage's sampler as the folder has it, with the changes that are not None."""
+    def settings(self, part: str, **changes: Any) -> FlowEuler:
+        """A stage's sampler as the folder has it, with the changes that are not None.
+
+        A student has its own counts of steps and no guidance. Where one flow alone is a student's, steps are meant for
+        it, and guidance for the other.
+        """
+        stage: Sampler = getattr(self.folder, part)
         given = {key: value for key, value in changes.items() if value is not None}
-        return flow_euler.from_pipeline(stage.name, {**stage.params, **given}, f"{self.folder.path / PIPELINE}: {name}")
+        if (student := self.folder.student) is not None:
+            whole = len(student.parts) == len(PARTS)
+            if part not in student.parts:
+                given.pop("steps", None)
+            elif "cfg_strength" in given and whole:
+                raise UserError("guidance: this student has it built in; leave it off")
+            else:
+                given = {**given, "steps": student.at(given.get("steps"))}
+                given.pop("cfg_strength", None)
+        where = f"{self.folder.path / PIPELINE}: {SAMPLERS[part]}"
+        return flow_euler.from_pipeline(stage.name, {**stage.params, **given}, where)
+
+    def rule(self, part: str, asked: str | None = None) -> str:
+        """How a stage goes on between its steps: "euler", as published, or "renoise", which is for students."""
+        student = self.folder.student
+        if asked is not None and student is None:
+            raise UserError(f"sampler={asked}: for a student's folder; a teacher is stepped as its {PIPELINE} says")
+        if asked is not None and asked not in RULES:
+            raise UserError(f"sampler={asked}: no such sampler ({suggestion(asked, RULES)})")
+        if student is None or part not in student.parts:
+            return "euler"
+        return student.sampler if asked is None else asked
+
+    def check(self, *, sampler: str | None = None, **changes: Any) -> None:
+        """Refuse what a stage cannot do; options as of `structure`."""
+        for part in PARTS:
+            self.rule(part, sampler)
+            self.settings(part, **changes)
 
     def condition(self, asked: Sequence[Image] | Sequence[str]) -> Cond:
         """Conditions of images, or of texts with the empty one's, and then the encoder is let go."""
@@ -83,19 +118,21 @@ class Shapes:
         return conditions.to(cond, "cpu")
 
     @torch.inference_mode()
-    def structure(self, cond: Cond, *, seed: int = 0, first: int = 0, **changes: Any) -> Tensor:
+    def structure(
+        self, cond: Cond, *, seed: int = 0, first: int = 0, sampler: str | None = None, **changes: Any
+    ) -> Tensor:
         """Occupied voxels of each condition, int32 [N, 4] = (sample, x, y, z), by the first stage.
 
-        changes: of the sampler's settings (steps, rescale_t, cfg_strength, cfg_interval). A sample without a voxel
-        is a RunFailed.
+        sampler: see `rule`; changes: of the sampler's settings (steps, rescale_t, cfg_strength, cfg_interval). A sample
+        without a voxel is a RunFailed.
         """
         assert cond is not None
-        settings = self.settings(self.folder.structure, "sparse_structure_sampler", **changes)
+        settings, rule = self.settings("structure", **changes), self.rule("structure", sampler)
         model, told = self._flow("structure", cond)
         n = len(told[self.folder.condition])
         rows = torch.arange(first, first + n, device=self.device)
-        z = noise.normal(seed, f"{TAG}/structure", rows, model.shape)
-        latent = flow_euler.sample(model, z, settings, told)
+        fresh = partial(noise.normal, seed, f"{TAG}/structure", rows, model.shape)
+        latent = _sampled(model, fresh, settings, rule, told)
         del model
         decoder = self._network(STRUCTURE_DECODER)
         coords = (decoder(latent) > 0).nonzero()[:, [0, 2, 3, 4]].int()
@@ -107,23 +144,29 @@ class Shapes:
         return coords
 
     @torch.inference_mode()
-    def latents(self, cond: Cond, coords: Tensor, *, seed: int = 0, first: int = 0, **changes: Any) -> Voxels:
-        """Structured latents on these voxels by the second stage, in the decoders' scale; `changes` as above."""
+    def latents(
+        self,
+        cond: Cond,
+        coords: Tensor,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        sampler: str | None = None,
+        **changes: Any,
+    ) -> Voxels:
+        """Structured latents on these voxels by the second stage, in the decoders' scale; options as above."""
         assert cond is not None
-        settings = self.settings(self.folder.latent, "slat_sampler", **changes)
+        settings, rule = self.settings("latent", **changes), self.rule("latent", sampler)
         model, told = self._flow("latent", cond)
         n = len(told[self.folder.condition])
         if not len(coords):
             raise UserError("no voxels: the structure is empty")
-        sites = coords.to(self.device)
-        counts = torch.bincount(sites[:, 0], minlength=n).tolist()
-        parts = [
-            noise.normal(seed, f"{TAG}/latent", torch.tensor([first + i], device=self.device), (count, *model.shape))[0]
-            for i, count in enumerate(counts)
-        ]
-        made = flow_euler.sample(model, Voxels(torch.cat(parts), sites, n), settings, told)  # type: ignore[arg-type]
+        empty = torch.zeros(len(coords), *model.shape, device=self.device)
+        rows = torch.arange(first, first + n, device=self.device)
+        fresh = partial(normal_like, Voxels(empty, coords.to(self.device), n), seed, f"{TAG}/latent", rows)
+        made = _sampled(model, fresh, settings, rule, told)
         mean, std = (torch.tensor([values], device=self.device) for values in (self.folder.mean, self.folder.std))
-        return made * std + mean  # type: ignore[return-value]
+        return made * std + mean
 
     def meshes(self, latents: Voxels) -> list[Mesh]:
         """The surface of each sample, z up, within [-0.5, 0.5]^3."""
@@ -170,6 +213,15 @@ class Shapes:
             raise UserError(
                 f"{len(latents.feats)} voxels: their mesh {told}; make one shape at a time, or use a larger device"
             )
+
+
+def _sampled(model: Teacher, fresh: Callable[..., Any], settings: FlowEuler, rule: str, cond: Cond) -> Any:
+    """Clean samples; fresh(draw=i): unit noise, of the first state (0) and of those between the steps."""
+    if rule == "euler":
+        return flow_euler.sample(model, fresh(draw=0), settings, cond)
+    spec = SamplerSpec(path=model.path, times={settings.steps: settings.times()}, renoise=True)
+    renoise = lambda i: fresh(draw=i)  # noqa: E731
+    return few_step.sample(model.denoiser, spec, fresh(draw=0), settings.steps, cond, renoise=renoise)
 
 
 def available_bytes(device: str) -> int:

@@ -12,11 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fastgen
 from fastgen import shapes as app
 from fastgen.errors import RunFailed, UserError
 from fastgen.geometry.mesh import Mesh
+from fastgen.inspection import inspect
+from fastgen.layout import normal_like
 from fastgen.samplers.flow_euler import FlowEuler
 from fastgen.shapes import Shapes
+from fastgen.sparse import Voxels
+from fastgen.student import SamplerSpec, Student
+from fastgen.teacher import Teacher, read_denoiser
 from fastgen.teachers.trellis.folder import TrellisFolder
 from tests.commands import call
 
@@ -86,12 +92,10 @@ def test_latents_are_in_the_decoders_scale(image_folder, ball, monkeypatch):
 def test_settings_come_from_the_folder_and_can_be_changed(image_folder, text_folder):
     folder = TrellisFolder.read(image_folder)
     shapes = Shapes(folder)
-    assert shapes.settings(folder.latent, "x") == FlowEuler(
-        steps=25, rescale_t=3, cfg_strength=5, cfg_interval=(0.5, 1)
-    )
-    assert shapes.settings(folder.latent, "x", steps=2, cfg_strength=None).steps == 2
+    assert shapes.settings("latent") == FlowEuler(steps=25, rescale_t=3, cfg_strength=5, cfg_interval=(0.5, 1))
+    assert shapes.settings("latent", steps=2, cfg_strength=None).steps == 2
     with pytest.raises(UserError, match="cfg_strenth"):
-        shapes.settings(folder.latent, "slat_sampler", cfg_strenth=1)
+        shapes.settings("latent", cfg_strenth=1)
 
 
 def test_an_empty_structure_says_so(image_folder, ball, tmp_path):
@@ -205,3 +209,145 @@ def test_generate_mistakes_of_texts(text_folder, ball_file, image_folder, tmp_pa
 
 def test_options_of_shapes_are_refused_for_images(ball_file, tmp_path):
     assert "--image: of TRELLIS folders" in mistake(tmp_path, "--image", ball_file)
+
+
+# --- folders whose flows are students
+
+
+@pytest.fixture(scope="module")
+def flow_folders(text_folder, tmp_path_factory):
+    """A student of each part of the text folder: the teacher's own weights, for 1 and 2 steps."""
+    root = tmp_path_factory.mktemp("flows")
+    for part in ("structure", "latent"):
+        denoiser = read_denoiser(text_folder, part)[0]
+        times = {n: FlowEuler(steps=n, rescale_t=3).times() for n in (1, 2)}
+        Student(denoiser, SamplerSpec(path=denoiser.path, times=times), {"method": "mdt"}).save(root / part)
+    return root
+
+
+def assembled(base, root, out, **stage):
+    stage = {"name": "made", "stage": "assemble", "base": str(base), **stage}
+    config = root / f"{out}.yaml"
+    config.write_text(json.dumps({"threads": 1, "stages": [stage]}))
+    ended = call("distill", config, f"out={root / out}", "device=cpu")
+    assert ended.code == 0, ended.err
+    return root / out / "made/model"
+
+
+@pytest.fixture(scope="module")
+def student_folder(text_folder, flow_folders):
+    flows = {part: str(flow_folders / part) for part in ("structure", "latent")}
+    return assembled(text_folder, flow_folders, "student", **flows)
+
+
+@pytest.fixture(scope="module")
+def half_student_folder(text_folder, flow_folders):
+    return assembled(text_folder, flow_folders, "half", structure=str(flow_folders / "structure"), sampler="renoise")
+
+
+@pytest.mark.parametrize("part", ["structure", "latent"])
+def test_a_student_is_stepped_as_published_or_with_fresh_noise(student_folder, part):
+    """x <- x - (t - t') phi(x, t), or x0 = x - t phi and x' = (1 - t') x0 + sigma(t') z' (to sigma_min = 1e-5)."""
+    folder = TrellisFolder.read(student_folder)
+    model, settings = Teacher(folder.flow(part)), Shapes(folder).settings(part, steps=2)
+    cond = {"text": torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(0))}
+    like = torch.zeros(2, *model.shape)
+    if part == "latent":
+        coords = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4], [1, 5, 5, 5]], dtype=torch.int32)
+        like = Voxels(torch.zeros(3, 8), coords, 2)
+
+    def fresh(draw):
+        return normal_like(like, 5, "x", torch.arange(2), draw)
+
+    def phi(x, t):
+        return model.denoiser.net(x, torch.full((2,), 1000 * t), cond["text"])
+
+    assert settings.times() == (1.0, 0.75) and settings.guided == 0
+    with torch.no_grad():
+        z = fresh(0)
+        x = z - 0.25 * phi(z, 1.0)
+        euler = x - 0.75 * phi(x, 0.75)
+        x = 0.25 * (z - phi(z, 1.0)) + 0.75 * fresh(1)
+        renoised = x - 0.75 * phi(x, 0.75)
+    for rule, expected in (("euler", euler), ("renoise", renoised)):
+        found = app._sampled(model, fresh, settings, rule, cond)
+        torch.testing.assert_close(*(getattr(v, "feats", v) for v in (found, expected)), atol=2e-4, rtol=0)
+
+
+def test_a_students_shape_depends_on_the_seed_and_its_number_alone(student_folder):
+    shapes = Shapes(TrellisFolder.read(student_folder), keep=True)
+    cond = shapes.condition(["a chair", "a pot"])
+    second = {"text": cond["text"][1:], "empty": cond["empty"]}
+    few = {"seed": 3, "steps": 2, "sampler": "renoise"}
+    both, alone = shapes.structure(cond, **few), shapes.structure(second, first=1, **few)
+    assert torch.equal(both[both[:, 0] == 1][:, 1:], alone[:, 1:])
+    latents, single = shapes.latents(cond, both, **few), shapes.latents(second, alone, first=1, **few)
+    torch.testing.assert_close(latents.feats[both[:, 0] == 1], single.feats, atol=1e-4, rtol=0)
+    euler = shapes.latents(cond, both, **{**few, "sampler": "euler"})
+    assert not torch.allclose(latents.feats, euler.feats, atol=1e-2)
+    one, other = (shapes.latents(cond, both, seed=3, sampler=rule).feats for rule in ("euler", "renoise"))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)  # of one step, the default, the rules are the same
+
+
+def test_generate_runs_students_at_their_steps(student_folder, half_student_folder, tmp_path):
+    asked = ("a pot", "--device", "cpu", "--seed", "3", "--out")
+    for name, words in {"a": [], "b": ["--steps", "1"], "c": ["--steps", "2", "--sampler", "renoise"]}.items():
+        assert call("generate", student_folder, *asked, tmp_path / f"{name}.glb", *words).code == 0
+    made = {name: (tmp_path / f"{name}.glb").read_bytes() for name in "abc"}
+    assert made["a"] == made["b"] != made["c"]
+    shapes = Shapes(TrellisFolder.read(half_student_folder))
+    assert [shapes.rule(part) for part in ("structure", "latent")] == ["renoise", "euler"]
+    assert [shapes.settings(part, steps=2).steps for part in ("structure", "latent")] == [2, 25]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--steps", "3"], "steps=3: this student was made for 1, 2; choose one of them"),
+        (["--sampler", "eular"], "sampler=eular: no such sampler (did you mean 'euler'?)"),
+        (["--guidance", "3"], "guidance: this student has it built in"),
+    ],
+)
+def test_what_a_student_cannot_do(student_folder, tmp_path, words, expected):
+    assert expected in mistake(student_folder, "a pot", "--device", "cpu", "--out", tmp_path / "a.glb", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_samplers_are_of_students(text_folder, tmp_path):
+    message = mistake(text_folder, "a pot", "--sampler", "euler", "--device", "cpu", "--out", tmp_path / "a.glb")
+    assert "sampler=euler: for a student's folder; a teacher is stepped as its pipeline.json says" in message
+    assert "--sampler: of TRELLIS folders" in mistake(tmp_path, "--sampler", "euler")
+
+
+def test_inspect_tells_students(student_folder, half_student_folder, flow_folders, text_folder):
+    told = inspect(student_folder)
+    assert (told["kind"], told["steps"], told["sampler"]) == ("student", [1, 2], "euler")
+    assert told["flows"] == {"structure": "student", "latent": "student"}
+    assert told["facts"]["latent"]["method"] == "mdt" and len(told["networks"]) == 6
+    assert inspect(half_student_folder)["flows"] == {"structure": "student", "latent": "teacher"}
+    assert "steps" not in inspect(text_folder) and inspect(text_folder)["kind"] == "teacher"
+    alone = inspect(flow_folders / "latent")
+    assert (alone["kind"], alone["steps"], alone["part"]) == ("student", [1, 2], "latent")
+    assert alone["sampler"]["renoise"] is False and alone["family"] == "trellis"
+
+
+def test_what_makes_shapes_is_no_maker_of_images(student_folder, text_folder, flow_folders):
+    for folder in (student_folder, text_folder):
+        with pytest.raises(UserError, match=r"TRELLIS makes shapes: `fastgen generate`, or fastgen\.shapes"):
+            fastgen.load(folder)
+    for load in (fastgen.load, fastgen.load_student, fastgen.load_teacher):
+        with pytest.raises(UserError, match="one flow of TRELLIS, which makes nothing by itself"):
+            load(flow_folders / "latent")
+
+
+def test_a_spoiled_description_of_a_student(student_folder, tmp_path):
+    copy = shutil.copytree(student_folder, tmp_path / "copy")
+    good = json.loads((copy / "fastgen.json").read_text())
+    for change, expected in (
+        ({"format": 9}, "format 9, this fastgen reads 1"),
+        ({"shapes": {"steps": [], "sampler": "euler"}}, "shapes.steps"),
+        ({"shapes": {"steps": [1], "sampler": "heun"}}, "shapes.sampler"),
+        ({"kind": "teacher"}, "kind"),
+    ):
+        (copy / "fastgen.json").write_text(json.dumps(good | change))
+        assert expected in mistake(copy, "a pot", "--out", tmp_path / "a.glb")

@@ -52,6 +52,9 @@ def generate(
         Path | None, typer.Option(help="TRELLIS: the folder of the image or text encoder, if it is not in the cache.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="TRELLIS: fp32, fp16 or bf16.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="TRELLIS students: euler, or renoise, with fresh noise between the steps.")
+    ] = None,
 ) -> None:
     """Make images with a model, or shapes with TRELLIS: --out a .glb (out.glb), .obj, .ply, .gif, or a folder."""
     from fastgen.commands import shapes
@@ -71,7 +74,13 @@ def generate(
         "device": device,
     }
     of_images: dict[str, Any] = {"label": label, "size": size, "solver": solver, "tiling": tiling, "batch": batch}
-    of_shapes: dict[str, Any] = {"image": image, "gaussians": gaussians, "encoder": encoder, "dtype": dtype}
+    of_shapes: dict[str, Any] = {
+        "image": image,
+        "gaussians": gaussians,
+        "encoder": encoder,
+        "dtype": dtype,
+        "sampler": sampler,
+    }
     folder = locate(model, config=config) if exists(model) else Path(model)
     if trellis.recognises(folder):
         shapes.refuse(of_images)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastgen")
 ENDINGS = (".glb", ".obj", ".ply", ".gif")
-TAKEN = "--image or a prompt, --prompts, --out, --num, --steps, --seed, --guidance, --encoder, --gaussians, --dtype"
+TAKEN = "--image or a prompt, --prompts, --out, --num, --steps, --sampler, --seed, --guidance, --encoder, --gaussians"
 
 
 def refuse(options: dict[str, Any]) -> None:
     """Options that only models of images have."""
     for option, value in options.items():
         if value not in (None, False):
-            raise UserError(f"--{option}: TRELLIS takes {TAKEN}")
+            raise UserError(f"--{option}: TRELLIS takes {TAKEN}, --dtype")
 
 
 def generate(
@@ -33,6 +33,7 @@ def generate(
     texts: Sequence[str] | None,
     num: int | None,
     steps: int | None,
+    sampler: str | None,
     seed: int,
     guidance: float | None,
     encoder: Path | None,
@@ -40,9 +41,10 @@ def generate(
     dtype: str | None,
     device: str,
 ) -> None:
-    """Make `num` shapes, number i of which depends on the seed and i; steps and guidance go to both stages.
+    """Make `num` shapes, number i of which depends on the seed and i; steps, sampler and guidance go to both stages.
 
-    guidance is the usual weight, 1 + cfg_strength. dtype defaults to fp16 on a GPU, as released, else to fp32.
+    guidance is the usual weight, 1 + cfg_strength. dtype defaults on a GPU to fp16, as released, or to fp32 for a
+    student, whose training half precision can undo; on a CPU to fp32.
     """
     _refuse_ending(out, gaussians)
     from fastgen.api import pick_device
@@ -58,11 +60,13 @@ def generate(
         raise UserError(f"--guidance {guidance}: at least 1, which is without; TRELLIS's cfg_strength w is this less 1")
     asked = _asked(told.condition, image, texts)
     device = pick_device(device)
-    shapes = Shapes(told, device=device, torso=dtype or ("fp32" if device == "cpu" else "fp16"), encoder=encoder)
-    cond = shapes.condition([asked[i % len(asked)] for i in range(count)])
+    usual = "fp32" if device == "cpu" or told.student is not None else "fp16"
+    shapes = Shapes(told, device=device, torso=dtype or usual, encoder=encoder)
     changes: dict[str, Any] = {"steps": steps, "cfg_strength": None if guidance is None else guidance - 1}
-    coords = shapes.structure(cond, seed=seed, **changes)
-    latents = shapes.latents(cond, coords, seed=seed, **changes)
+    shapes.check(sampler=sampler, **changes)  # before the encoder is read
+    changes |= {"seed": seed, "sampler": sampler}
+    cond = shapes.condition([asked[i % len(asked)] for i in range(count)])
+    latents = shapes.latents(cond, shapes.structure(cond, **changes), **changes)
     ending = out.suffix.lower() or (".ply" if gaussians else ".glb")
     make_folder(out.parent if out.suffix else out)
     files = [out] if out.suffix else [out / f"{i:05d}{ending}" for i in range(count)]

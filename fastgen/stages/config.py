@@ -98,12 +98,13 @@ class Block(Model):
 
 def kinds() -> dict[str, type[Stage]]:
     """The kinds of stages by name."""
+    from fastgen.stages.assemble import Assemble
     from fastgen.stages.evaluate import Evaluate
     from fastgen.stages.pairs import Pairs
     from fastgen.stages.report import Report
     from fastgen.stages.train import Train
 
-    return {"train": Train, "pairs": Pairs, "evaluate": Evaluate, "report": Report}
+    return {"train": Train, "pairs": Pairs, "assemble": Assemble, "evaluate": Evaluate, "report": Report}
 
 
 def load_run(path: Path, overrides: list[str], *, smoke: bool = False) -> tuple[Run, list[Stage]]:

@@ -233,9 +233,12 @@ class TrellisFolder:
         if net.args.in_channels != len(self.mean):
             told = f"{len(self.mean)} means for latents of {net.args.in_channels} channels"
             raise UserError(f"{self.path / PIPELINE}: slat_normalization has {told}")
-        normalization = (self.mean, self.std)
-        sigma_min = self.latent.args.sigma_min
-        return LatentDenoiser(net, condition=self.condition, sigma_min=sigma_min, normalization=normalization)
+        return LatentDenoiser(
+            net,
+            condition=self.condition,
+            sigma_min=self.latent.args.sigma_min,
+            normalization=(self.mean, self.std),
+        )
 
     def flow(self, part: str) -> FlowDenoiser:
         """The flow of a part in float32; a text flow knows the empty text where the encoder is here."""
@@ -306,17 +309,11 @@ def _described(description: Path, role: str) -> tuple[str, dict[str, Any]]:
 
 
 def _loaded(name: str, args: dict[str, Any], weights: Path, torso: torch.dtype) -> Network:
-    net = blank(name, args, weights, torso)
-    fill(net, files.load_tensors(weights), weights)
-    return net.eval().requires_grad_(False)
-
-
-def blank(name: str, args: dict[str, Any], weights: Path, torso: torch.dtype = torch.float32) -> Network:
-    """A network on the meta device, to be filled; weights: the file beside its .json, for messages."""
     with torch.device("meta"):
         net = make(name, {**args, "use_fp16": False}, str(weights.with_suffix(".json")))
         net.to_torso(torso)
-    return net
+    fill(net, files.load_tensors(weights), weights)
+    return net.eval().requires_grad_(False)
 
 
 def read_flow(folder: Path, data: dict[str, Any]) -> FlowDenoiser:
