@@ -63,7 +63,7 @@ def cross(q: Tensor, k: Tensor, v: Tensor, like: Voxels) -> Tensor:
         raise ValueError(f"keys of {len(k)} samples for voxels of {like.batch}")
     q, k, v = autocast(q, k, v)
     if backends.chosen().attention != "torch":
-        there = torch.tensor([i for i, n in enumerate(like.sites.sizes) if n], device=k.device)
+        there = torch.tensor([i for i, n in enumerate(like.sites.sizes) if n], dtype=torch.long, device=k.device)
         sizes = [n for n in like.sites.sizes if n]
         k, v = (t.index_select(0, there) for t in (k, v))
         return _varlen(q, k.flatten(0, 1), v.flatten(0, 1), sizes, [k.shape[1]] * len(sizes))
@@ -208,8 +208,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, writte
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], key_lengths: list[int]) -> Tensor:
     """Sets one after another, by the library chosen: q [N, H, d], k and v [M, H, d]."""
     name = backends.chosen().attention
-    if torch._C._are_functorch_transforms_active() or any(forward_ad.unpack_dual(t)[1] is not None for t in (q, k, v)):
-        raise UserError(f"attention={name} has no derivative along a path; use attention=torch")
+    _refuse(name, q, k, v)
     if len(q) == 0:
         return q
     if name == "xformers":
@@ -219,7 +218,15 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], key_lengths: li
         return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
     from flash_attn import flash_attn_varlen_func
 
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError(f"attention=flash_attn computes in float16 or bfloat16, not {q.dtype}; use attention=torch")
     ends = [torch.tensor([0, *n]).cumsum(0).to(q.device, torch.int32) for n in (lengths, key_lengths)]
     return flash_attn_varlen_func(q, k, v, *ends, max(lengths), max(key_lengths))
+
+
+def _refuse(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What a library cannot do is a UserError; both can be imported where none of their kernels is."""
+    if torch._C._are_functorch_transforms_active() or any(forward_ad.unpack_dual(t)[1] is not None for t in (q, k, v)):
+        raise UserError(f"attention={name} has no derivative along a path; use attention=torch")
+    if q.device.type != "cuda":
+        raise UserError(f"attention={name} has no kernel for a {q.device.type}; use attention=torch")
+    if name == "flash_attn" and q.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(f"attention=flash_attn computes in float16 or bfloat16, not {q.dtype}; use attention=torch")
