@@ -220,7 +220,9 @@ class TrellisFolder:
 
         torso: what its blocks compute in: float32, or on a GPU float16 (as released) or bfloat16.
         """
-        return _loaded(*self.describe(role), torso).to(device)
+        net = _loaded(*self.describe(role), torso)
+        shapes_only = any(parameter.is_meta for parameter in net.parameters())
+        return net if shapes_only else net.to(device)
 
     def structure_flow(self, **options: Any) -> StructureDenoiser:
         """The first stage as a denoiser; a text flow still lacks the empty text's encoding (`denoiser.empty`)."""
