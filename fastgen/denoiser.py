@@ -219,6 +219,10 @@ class Denoiser(nn.Module):
         """The same network for samples of another size in pixels; a UserError where its size is part of it."""
         raise UserError(f"size: this {self.family} network makes samples of shape {self.shape} and no other")
 
+    def store_in(self, dtype: torch.dtype) -> None:
+        """Keep the weights in half precision, in place, as far as the network computes in it."""
+        self.to(dtype)
+
     def label(self, cond: Cond, n: int) -> Tensor | None:
         """Labels int64 [n] of a condition, null labels where there is none; None for an unconditional network."""
         if self.num_classes is None:

@@ -27,6 +27,8 @@ from fastgen.nets.weights import weight_files
 from fastgen.stages.config import load_run
 from fastgen.stages.context import Context
 from fastgen.stages.train import Train
+from fastgen.teachers.trellis.conditions import TOKENS
+from fastgen.teachers.trellis.flows import TEXT, FlowDenoiser
 from fastgen.trainers.engine.averages import slow_copy
 from fastgen.trainers.engine.method import Batch, Method, find_method, parts_of
 from fastgen.trainers.engine.optim import OptimConfig
@@ -239,9 +241,13 @@ def footprint(stage: Train, run: Context) -> Footprint:
 def build(stage: Train, run: Context) -> Method:
     """The stage's method with its networks on the meta device."""
     with files.shapes_only():
-        teacher = run.open_teacher(stage.teacher) if stage.teacher else None
-        like: Any = teacher if teacher is not None else run.open_teacher(stage.init or "teacher")
-        method = stage.build(run, stage.make_student(run, teacher, like), teacher)
+        teacher = run.open_teacher(stage.teacher, stage.part) if stage.teacher else None
+        like: Any = teacher if teacher is not None else run.open_teacher(stage.init or "teacher", stage.part)
+        student = stage.make_student(run, teacher, like)
+        for flow in (student, *([] if teacher is None else [teacher.denoiser])):
+            if isinstance(flow, FlowDenoiser) and flow.condition == TEXT and flow.empty is None:
+                flow.empty = torch.empty(1, TOKENS[TEXT], flow.net.args.cond_channels)  # that of the latents, in a run
+        method = stage.build(run, student, teacher)
     for module in (*method.networks.values(), *method.frozen.values()):
         module.to("meta")
     return method

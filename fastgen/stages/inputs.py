@@ -14,39 +14,46 @@ from fastgen.data.part import data_part
 from fastgen.data.shape_rows import Part, ShapeRows
 from fastgen.data.shapes import LatentShapes, read_manifest
 from fastgen.data.shards import PairShards
+from fastgen.data.synthetic_shapes import SyntheticShapes
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.stages.context import Context
 from fastgen.teachers.mixture import Mixture
+from fastgen.teachers.trellis.flows import FlowDenoiser
 
 logger = logging.getLogger("fastgen")
 LATENTS = "latents"  # the folder that a stage's output has them in
 
 
-def latent_rows(run: Context, reference: str | None, part: Part, *flows: Denoiser) -> ShapeRows:
+def latent_rows(run: Context, reference: str | None, part: Part, *flows: Denoiser) -> ShapeRows | SyntheticShapes:
     """Latents of shapes for these flows of a part: those of a stage or a folder, else the run's data.
 
     A text flow that came without the empty text's encoding is given that of the latents. What does not fit the flows
     (another normalisation, other conditions) is a UserError.
     """
-    if reference is None:
-        config = run.config.data
-        if config is None or config.path is None:
-            raise UserError(f"part={part}: set data.path to latents of shapes, which `fastgen latents` makes")
-        folder = Path(config.path).expanduser()
-    else:
-        folder = run.path(reference)
-        folder = folder / LATENTS if reference in run.names else folder
-    manifest = read_manifest(folder)
-    mean, std = manifest.mean, manifest.std
-    for flow in flows:
-        normalization = getattr(flow, "normalization", None)
-        mean, std = (mean, std) if normalization is None else normalization
-        rows = ShapeRows(LatentShapes(folder, mean=mean, std=std), part, flow.reads)
+    for flow in flows:  # each refuses latents that are not for it
+        rows = _rows_for(run, reference, part, cast(FlowDenoiser, flow))
     for flow in cast(Any, flows):
         if rows.empty is not None and flow.empty is None:
             flow.empty = rows.empty.to(flow.device)
     return rows
+
+
+def _rows_for(run: Context, reference: str | None, part: Part, flow: FlowDenoiser) -> ShapeRows | SyntheticShapes:
+    config, condition = run.config.data, flow.condition
+    if reference is not None:
+        folder = run.path(reference)
+        folder = folder / LATENTS if reference in run.names else folder
+    elif config is not None and config.kind == "synthetic":
+        args = flow.net.args
+        return SyntheticShapes(part, flow.shape, args.resolution, condition, args.cond_channels, config.rows)
+    elif config is None or config.path is None:
+        raise UserError(f"part={part}: set data.path to latents of shapes, which `fastgen latents` makes")
+    else:
+        folder = Path(config.path).expanduser()
+    manifest, told = read_manifest(folder), getattr(flow, "normalization", None)
+    mean, std = (manifest.mean, manifest.std) if told is None else told
+    return ShapeRows(LatentShapes(folder, mean=mean, std=std), part, condition)
 
 
 def training_data(run: Context) -> DataSet | None:

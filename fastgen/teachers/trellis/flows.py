@@ -90,6 +90,9 @@ class FlowDenoiser(Denoiser):
     def usual_guidance(self) -> float | None:
         return GUIDANCE_USUAL[self.condition] if self.has_null else None
 
+    def store_in(self, dtype: torch.dtype) -> None:
+        self.net.to_torso(dtype)
+
     @property
     def reads(self) -> str | None:
         return self.condition
