@@ -59,10 +59,11 @@ class Row:
         return f"{self.of}@{self.steps} {'renoise' if self.renoise else 'euler'} r={self.rescale_t:g}"
 
 
-FAR, UNDISTILLED, ONE = Row("teacher", MANY), Row("teacher", 1), Row("student", 1)
+TEACHERS = FAR, UNDISTILLED, _ = Row("teacher", MANY), Row("teacher", 1), Row("teacher", 2)
+ONE = Row("student", 1)
 TWO = tuple(Row("student", 2, rescale, renoise) for renoise in (False, True) for rescale in (1.0, 3.0))
-ROWS = (FAR, UNDISTILLED, Row("teacher", 2), ONE, *TWO)
-PAIRED = (FAR, UNDISTILLED, ONE)  # at least these, which gaps are made of
+ROWS = (*TEACHERS, ONE, *TWO)
+PAIRED = (*TEACHERS, ONE)  # these at least
 
 
 class Models:

@@ -17,14 +17,15 @@ from fastgen.eval.solids import Judge, Verdict
 from fastgen.samplers import flow_euler
 from fastgen.samplers.flow_euler import FlowEuler
 from fastgen.teachers.trellis.folder import FLOWS, STRUCTURE_DECODER, TrellisFolder
+from tests import solid_worlds
 
 WANTED = solids(torch.arange(1000, 1003), seed=0)
 TEACHERS = {row.name: {"chamfer": float(row.steps)} for row in (FAR, UNDISTILLED)}
 
 
 @pytest.fixture(scope="module")
-def folder(text_folder) -> TrellisFolder:
-    return TrellisFolder.read(text_folder)
+def folder(text_folder, tmp_path_factory) -> TrellisFolder:
+    return TrellisFolder.read(solid_worlds.write(text_folder, tmp_path_factory.mktemp("solids") / "world"))
 
 
 def changed(source: Path, target: Path, role: str) -> TrellisFolder:
@@ -49,8 +50,8 @@ def test_a_student_that_is_its_teacher_is_the_teacher_at_one_step(folder):
         assert told[ONE.name]["value"] > 0
 
 
-def test_another_student_is_seen_in_the_part_that_differs(folder, text_folder, tmp_path):
-    other = changed(text_folder, tmp_path / "other", FLOWS["latent"])
+def test_another_student_is_seen_in_the_part_that_differs(folder, tmp_path):
+    other = changed(folder.path, tmp_path / "other", FLOWS["latent"])
     same, off = (
         figures_of(judged(Models(folder, student, cfg_strength=0.0)), TEACHERS)["paired"] for student in (folder, other)
     )
@@ -123,11 +124,11 @@ def test_gaps_are_shares_of_the_teachers_own():
     assert found["unpaired"][UNDISTILLED.name]["gap_closed"] == 0 and "gap_closed" not in known[FAR.name]
 
 
-def test_strangers_are_refused(folder, image_folder, text_folder, tmp_path):
+def test_strangers_are_refused(folder, image_folder, tmp_path):
     with pytest.raises(UserError, match="told by texts"):
         Models(folder, TrellisFolder.read(image_folder))
     with pytest.raises(UserError, match="normalised otherwise"):
         Models(folder, replace(folder, mean=(0.5, *folder.mean[1:])))
-    other = changed(text_folder, tmp_path / "other", STRUCTURE_DECODER)
+    other = changed(folder.path, tmp_path / "other", STRUCTURE_DECODER)
     with pytest.raises(UserError, match="sparse_structure_decoder is another"):
         Models(folder, other)
