@@ -10,7 +10,8 @@ from torch import nn
 
 from fastgen.errors import UserError
 from fastgen.trainers.engine.averages import AverageConfig, Follower, power_exponent
-from fastgen.trainers.engine.optim import ScheduleConfig
+from fastgen.trainers.engine.loop import by_tokens
+from fastgen.trainers.engine.optim import ClipConfig, ClipLimit, ScheduleConfig
 
 
 def test_schedule_warms_up_and_decays():
@@ -68,3 +69,21 @@ def test_buffers_are_copied():
     Follower(slow, fast).update(0.99)
     assert torch.equal(slow.running_mean, fast.running_mean)
     assert slow.num_batches_tracked == 1
+
+
+def test_limit_of_gradients_follows_the_norms_that_were_seen():
+    fixed, none, following = ClipLimit(2.5), ClipLimit(None), ClipLimit(ClipConfig(most=1.0, percentile=50, window=3))
+    assert (fixed.value, none.value, following.value) == (2.5, math.inf, 1.0)
+    for norm in (0.2, math.nan, 0.4, math.inf):  # what is not finite is no measure
+        following.see(norm)
+    assert following.value == 1.0
+    for norm, median in ((0.6, 0.4), (0.9, 0.6), (5.0, 0.9), (6.0, 1.0)):
+        following.see(norm)
+        assert following.value == pytest.approx(median)
+
+
+def test_rows_are_cut_by_their_tokens():
+    pieces = [piece.tolist() for piece in by_tokens(torch.arange(5), [3, 3, 1, 5, 2], 6)]
+    assert pieces == [[0, 1], [2, 3], [4]]
+    with pytest.raises(UserError, match=r"micro_tokens=4: row 3 alone has 5 voxels"):
+        list(by_tokens(torch.arange(5), [3, 3, 1, 5, 2], 4))
