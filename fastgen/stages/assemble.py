@@ -26,7 +26,7 @@ from fastgen.sparse import Voxels
 from fastgen.stages.config import Stage
 from fastgen.stages.context import PICKLED, Context
 from fastgen.student import SamplerSpec
-from fastgen.teacher import FACTS, FORMAT, facts_of, read_denoiser, refuse_other_part
+from fastgen.teacher import FACTS, FORMAT, damage_explained, facts_of, read_denoiser, refuse_other_part
 from fastgen.teachers.trellis import PARTS, recognises
 from fastgen.teachers.trellis.assembly import CARD, SAMPLER, assemble, fill_from
 from fastgen.teachers.trellis.flows import TIME_SCALE, FlowDenoiser
@@ -144,9 +144,10 @@ class Assemble(Stage):
         denoiser, data = read_denoiser(path, part)
         assert isinstance(denoiser, FlowDenoiser)
         self._refuse_misfit(base, part, denoiser)
-        student = data.get("kind") == "student"
-        sampler = SamplerSpec.from_dict(data["sampler"]) if student else None
-        return Given(denoiser, "student" if student else "teacher", sampler, data.get("facts", {}))
+        if data.get("kind") != "student":
+            return Given(denoiser, "teacher", None, data.get("facts", {}))
+        with damage_explained(path / FACTS):
+            return Given(denoiser, "student", SamplerSpec.from_dict(data["sampler"]), data.get("facts", {}))
 
     def _refuse_misfit(self, base: TrellisFolder, part: str, denoiser: FlowDenoiser) -> None:
         """A flow that would not be understood in the place of the base's."""
@@ -171,7 +172,7 @@ class Assemble(Stage):
     def _few(self, base: TrellisFolder, given: dict[str, Given]) -> tuple[Few | None, dict[str, dict[str, Any]]]:
         """How the students are sampled: for fastgen.json, and by part for pipeline.json. None: there is none."""
         students = {part: flow for part, flow in given.items() if flow.kind == "student"}
-        asked = {"steps": self.steps, "rescale_t": self.rescale_t, "sampler": self.sampler}
+        asked: dict[str, Any] = {"steps": self.steps, "rescale_t": self.rescale_t, "sampler": self.sampler}
         asked["dtype"] = None if self.dtype == "fp32" else self.dtype
         if not students:
             if set_ := [key for key, value in asked.items() if value is not None]:
@@ -185,7 +186,7 @@ class Assemble(Stage):
         rules = {"renoise" if flow.sampler and flow.sampler.renoise else "euler" for flow in students.values()}
         if self.sampler is None and len(rules) > 1:
             raise UserError(f"stage {self.name}: the students were made for {' and '.join(sorted(rules))}; set sampler")
-        few = Few(steps=steps, sampler=self.sampler or rules.pop(), parts=tuple(students))
+        few = Few.model_validate({"steps": steps, "sampler": self.sampler or rules.pop(), "parts": tuple(students)})
         return few, {
             part: {"steps": min(steps), "rescale_t": self._rescale(base, part, flow)} for part, flow in students.items()
         }
