@@ -102,9 +102,12 @@ def kinds() -> dict[str, type[Stage]]:
     from fastgen.stages.evaluate import Evaluate
     from fastgen.stages.pairs import Pairs
     from fastgen.stages.report import Report
+    from fastgen.stages.shape_vae import ShapeVAE
     from fastgen.stages.train import Train
+    from fastgen.stages.world import World
 
-    return {"train": Train, "pairs": Pairs, "assemble": Assemble, "evaluate": Evaluate, "report": Report}
+    made = {"train": Train, "pairs": Pairs, "assemble": Assemble, "evaluate": Evaluate, "report": Report}
+    return {**made, "shape_vae": ShapeVAE, "world": World}
 
 
 def load_run(path: Path, overrides: list[str], *, smoke: bool = False) -> tuple[Run, list[Stage]]:

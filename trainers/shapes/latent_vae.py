@@ -20,8 +20,8 @@ from fastgen.geometry import flexicubes
 from fastgen.sparse import Voxels
 from fastgen.teachers.trellis.mesh_decoder import FINER
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
+from fastgen.trainers.shapes.bodies import LATTICE, fine_corners
 from fastgen.trainers.shapes.structure_vae import divergence
-from fastgen.trainers.shapes.surfaces import LATTICE, fine_corners
 
 
 class LatentVAE(Method):

@@ -10,20 +10,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
-
-
-class Autoencoder(nn.Module):
-    """An encoder and a decoder that are trained, averaged and saved together."""
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
 
 
 class StructureVAE(Method):
@@ -66,11 +57,3 @@ def dice(share: Tensor, grid: Tensor) -> Tensor:
 def divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp logvar) || N(0, 1)), the mean over all numbers."""
     return (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-
-
-@torch.no_grad()
-def agreement(net: Any, grids: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU [B] of occupied grids [B, 1, R, R, R] and what their means decode to, and the means."""
-    mean = net.encoder(grids)[0]
-    full, truth = (net.decoder(mean) > 0).flatten(1), (grids > 0.5).flatten(1)
-    return (full & truth).sum(1) / (full | truth).sum(1), mean
