@@ -246,7 +246,7 @@ def build(stage: Train, run: Context) -> Method:
         student = stage.make_student(run, teacher, like)
         for flow in (student, *([] if teacher is None else [teacher.denoiser])):
             if isinstance(flow, FlowDenoiser) and flow.condition == TEXT and flow.empty is None:
-                flow.empty = torch.empty(1, TOKENS[TEXT], flow.net.args.cond_channels)  # that of the latents, in a run
+                flow.empty = torch.empty(1, TOKENS, flow.net.args.cond_channels)  # that of the latents, in a run
         method = stage.build(run, student, teacher)
     for module in (*method.networks.values(), *method.frozen.values()):
         module.to("meta")

@@ -226,7 +226,7 @@ class MDT(Method):
         return (1 - self.view.sigma_min) * pair.eps - pair.x0
 
     @torch.no_grad()
-    def point(self, batch: Batch, key: str, x0: Samples, z: Samples, t: Tensor, cond: Cond) -> Point:
+    def point(self, batch: Batch, key: str, x0: Tensor, z: Tensor, t: Tensor, cond: Cond) -> Point:
         """Clean samples noised, and the teacher's velocity, guided as `key` (cfg_vm, cfg_vd) says."""
         x = self.view.mix(x0, z, t)
         if self.teacher is None:
@@ -280,7 +280,7 @@ class MDT(Method):
         torch.clear_autocast_cache()  # it holds half-precision weights made just now, without a way back to their own
         return x, t, before
 
-    def generated(self, batch: Batch, like: Samples, cond: Cond) -> tuple[Tensor, Tensor]:
+    def generated(self, batch: Batch, like: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """f = phi(z', T) with its gradient and x' = x_T - T f without one, from noise of its own."""
         x = few_step.initial(self.spec, batch.normal_like("generator", like), min(self.config.steps))
         f = self.average_velocity(cond)(x, few_step.times_of(x, self.last_time))

@@ -204,8 +204,8 @@ class Train(Stage):
         student = method.student
         if data is not None:
             data = as_seen(run, data, student, images="x0" in method.needs)
-        source = "pairs" if self.pairs else "latents" if self.part else "data"
-        same_shape(self.name, student=student, teacher=method.teacher, **{source: data})
+        kind = "pairs" if self.pairs else "latents" if self.part else "data"
+        same_shape(self.name, student=student, teacher=method.teacher, **{kind: data})
         self._refuse_other_classes(student, data)
         if self.caption_dropout and not isinstance(data, Encoded):
             raise UserError(
