@@ -225,7 +225,7 @@ def figures(tally: Tally, known: Mapping[str, Mapping[str, float]]) -> dict[str,
     Paired, the teacher's distance to itself is the zero; 1 - IoU is a mean over solids, an RMSE the root of one.
     known: summaries of further rows, such as what can be reached at all; the teacher's, where the tally has none.
     """
-    paired: dict[str, dict[str, dict[str, float]]] = {}
+    paired: dict[str, dict[str, dict[str, float | None]]] = {}
     for measure, rows in tally.paired.items():
         means = {name: fmean(values) for name, values in rows.items()}
         values = means if measure == OFF else {name: math.sqrt(value) for name, value in means.items()}
@@ -234,7 +234,7 @@ def figures(tally: Tally, known: Mapping[str, Mapping[str, float]]) -> dict[str,
             name: {"value": value, "gap_closed": gap_closed(worst, value)} for name, value in values.items()
         }
     made = {name: summary(verdicts) for name, verdicts in tally.verdicts.items()}
-    unpaired = {name: dict(told) for name, told in (*known.items(), *made.items())}
+    unpaired: dict[str, dict[str, Any]] = {name: dict(told) for name, told in (*known.items(), *made.items())}
     worst, best = (unpaired[row.name]["chamfer"] for row in (UNDISTILLED, FAR))
     for told in unpaired.values():
         told["gap_closed"] = gap_closed(worst, told["chamfer"], best)

@@ -143,6 +143,6 @@ def iou(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(either > 0, both.double() / either.clamp(min=1), 1.0)
 
 
-def gap_closed(worst: float, value: float, best: float = 0.0) -> float:
-    """The share of the way from worst to best; NaN where there is no way to go."""
-    return (worst - value) / (worst - best) if worst != best else math.nan
+def gap_closed(worst: float, value: float, best: float = 0.0) -> float | None:
+    """The share of the way from worst to best; None where there is no way to go."""
+    return (worst - value) / (worst - best) if worst != best else None

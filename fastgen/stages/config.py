@@ -100,6 +100,7 @@ def kinds() -> dict[str, type[Stage]]:
     """The kinds of stages by name."""
     from fastgen.stages.assemble import Assemble
     from fastgen.stages.evaluate import Evaluate
+    from fastgen.stages.evaluate_solids import EvaluateSolids
     from fastgen.stages.pairs import Pairs
     from fastgen.stages.report import Report
     from fastgen.stages.shape_vae import ShapeVAE
@@ -107,7 +108,7 @@ def kinds() -> dict[str, type[Stage]]:
     from fastgen.stages.world import World
 
     made = {"train": Train, "pairs": Pairs, "assemble": Assemble, "evaluate": Evaluate, "report": Report}
-    return {**made, "shape_vae": ShapeVAE, "world": World}
+    return {**made, "evaluate_solids": EvaluateSolids, "shape_vae": ShapeVAE, "world": World}
 
 
 def load_run(path: Path, overrides: list[str], *, smoke: bool = False) -> tuple[Run, list[Stage]]:

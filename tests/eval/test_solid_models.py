@@ -75,6 +75,19 @@ def test_a_sample_is_a_function_of_its_row(folder):
         torch.testing.assert_close(one.feats, latents[2].feats, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_have_noises_of_their_own(folder):
+    models = Models(folder, folder)
+    cond, rows = models.conditions(["a large box"] * 2), torch.tensor([5, 6])
+    for row in (UNDISTILLED, TWO[3]):
+        made = models.structures(row, cond, rows, seed=3)
+        assert (made[0] - made[1]).abs().max() > 0.1
+        one = models.filled(made)[:1].expand(2, -1, -1, -1)
+        first, second = models.latents(row, one, cond, rows, seed=3).parts()
+        assert (first - second).abs().max() > 0.1
+    again = models.structures(UNDISTILLED, cond, rows, seed=4)
+    assert (again - models.structures(UNDISTILLED, cond, rows, seed=3)).abs().max() > 0.1
+
+
 def test_rows_are_sampled_as_they_say(folder):
     models = Models(folder, folder, cfg_strength=2.0)
     assert models.settings(FAR, "structure") == FlowEuler(steps=25, rescale_t=3.0, cfg_strength=2.0)

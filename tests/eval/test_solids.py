@@ -119,4 +119,4 @@ def test_iou_and_gaps():
     assert iou(one, other).tolist() == [0.5, 0.0, 1.0]
     assert gap_closed(0.4, 0.1) == pytest.approx(0.75)
     assert gap_closed(0.4, 0.1, 0.2) == pytest.approx(1.5)
-    assert math.isnan(gap_closed(0.2, 0.1, 0.2))
+    assert gap_closed(0.2, 0.1, 0.2) is None
