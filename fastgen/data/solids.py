@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import max_pool3d, normalize
 
 from fastgen import noise
 from fastgen.geometry import flexicubes
@@ -22,6 +22,7 @@ KINDS = ("sphere", "box", "torus", "capsule", "union")
 SIZES = ("small", "medium", "large")
 STEP = 1.35  # from one size to the next
 SHIFT = 0.06  # of the centre along each axis, at most
+FINER = 4  # cubes along a voxel that the mesh decoder extracts from
 # The large ones, pointing along z. Box: half edges. Torus: radii of ring and tube. Capsule: half its core, and radius.
 SPHERE = 0.33
 BOX = (0.18, 0.26, 0.36)
@@ -108,6 +109,17 @@ def corners(solid: Solid, resolution: int) -> Tensor:
     """Distances at the corners i / resolution - 0.5 of the grid, float32 [resolution + 1] * 3 (x, y, z)."""
     line = torch.arange(resolution + 1) / resolution - 0.5
     return solid.distance(torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1))
+
+
+def surface(solid: Solid, resolution: int) -> Tensor:
+    """Voxels [N, 3] (x, y, z; int32, ascending) that the surface passes through.
+
+    Seen at the corners of 4^3 finer cubes in each voxel, some inside and some outside: a mesh extracted from these
+    voxels at four times their resolution is closed, where a bulge between a voxel's own corners would be cut open.
+    """
+    inside = (corners(solid, resolution * FINER) < 0).float()[None]
+    most, least = max_pool3d(inside, FINER + 1, FINER), -max_pool3d(-inside, FINER + 1, FINER)
+    return (most > least)[0].nonzero().int()
 
 
 def mesh(solid: Solid, resolution: int = 64) -> Mesh:

@@ -7,8 +7,9 @@ import torch
 from scipy.spatial import cKDTree
 
 from fastgen.data import solids as made
-from fastgen.data.solids import SHIFT, SIZES, STEP, Solid, conditions, solids
+from fastgen.data.solids import SHIFT, SIZES, STEP, Solid, conditions, solids, surface
 from fastgen.eval.meshes import soundness
+from fastgen.geometry.voxelise import surface_voxels
 from fastgen.noise import uniform
 
 AWRY = (0.05, -0.03, 0.06)
@@ -82,6 +83,16 @@ def test_points_lie_on_the_surface_uniformly_by_area():
         assert torch.allclose(points.mean(0), (centres * areas).sum(0) / areas.sum(), atol=0.005)
         spread = (((centres - points.mean(0)) ** 2) * areas).sum(0) / areas.sum()
         assert torch.allclose(points.var(0), spread, rtol=0.03), solid
+
+
+@pytest.mark.parametrize("resolution", (16, 32))
+def test_surface_voxels_are_those_of_the_mesh_and_clear_of_the_walls(resolution):
+    for solid in one_of_each()[:: resolution // 8 - 1]:
+        found = surface(solid, resolution)
+        assert found.dtype == torch.int32 and len(found) > 50
+        assert found.min() >= 1 and found.max() <= resolution - 2
+        if resolution == 16:
+            assert torch.equal(found, surface_voxels(made.mesh(solid, 4 * resolution), resolution))
 
 
 def test_every_pose_keeps_a_voxel_clear():
