@@ -107,7 +107,13 @@ def kinds() -> dict[str, type[Stage]]:
     from fastgen.stages.train import Train
     from fastgen.stages.world import World
 
-    made = {"train": Train, "pairs": Pairs, "assemble": Assemble, "evaluate": Evaluate, "report": Report}
+    made: dict[str, type[Stage]] = {
+        "train": Train,
+        "pairs": Pairs,
+        "assemble": Assemble,
+        "evaluate": Evaluate,
+        "report": Report,
+    }
     return {**made, "evaluate_solids": EvaluateSolids, "shape_vae": ShapeVAE, "world": World}
 
 
