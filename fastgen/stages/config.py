@@ -107,14 +107,9 @@ def kinds() -> dict[str, type[Stage]]:
     from fastgen.stages.train import Train
     from fastgen.stages.world import World
 
-    made: dict[str, type[Stage]] = {
-        "train": Train,
-        "pairs": Pairs,
-        "assemble": Assemble,
-        "evaluate": Evaluate,
-        "report": Report,
-    }
-    return {**made, "evaluate_solids": EvaluateSolids, "shape_vae": ShapeVAE, "world": World}
+    of_runs: dict[str, type[Stage]] = {"train": Train, "pairs": Pairs, "evaluate": Evaluate, "report": Report}
+    of_shapes = {"assemble": Assemble, "evaluate_solids": EvaluateSolids, "shape_vae": ShapeVAE, "world": World}
+    return {**of_runs, **of_shapes}
 
 
 def load_run(path: Path, overrides: list[str], *, smoke: bool = False) -> tuple[Run, list[Stage]]:

@@ -78,7 +78,7 @@ def test_overrides_reach_named_stages_blocks_and_what_lies_in_them(tmp_path):
         (["stages.after.name=imitate"], "two stages are named 'imitate'"),
         (["stages.after.name=../x"], "'name': string should match pattern"),
         (["stages.after.stage=trian"], "stages.after: no kind of stage 'trian' (did you mean 'train'?)"),
-        (["stages.after.stage="], "stages.after: no kind of stage 'None' (known: evaluate, pairs, report, train)"),
+        (["stages.after.stage="], "stages.after: no kind of stage 'None' (known: assemble, evaluate, "),
         (["stages.after.lop=1"], "stages.after: unknown key 'lop' (did you mean 'loop'?)"),
         (["stages.after.method=reflo"], "no method 'reflo' (did you mean 'reflow'?)"),
         (["stages.after.method={name: reflow, los: l2}"], "unknown key 'los' (did you mean 'loss'?)"),
