@@ -107,9 +107,9 @@ def kinds() -> dict[str, type[Stage]]:
     from fastgen.stages.train import Train
     from fastgen.stages.world import World
 
-    of_runs: dict[str, type[Stage]] = {"train": Train, "pairs": Pairs, "evaluate": Evaluate, "report": Report}
-    of_shapes = {"assemble": Assemble, "evaluate_solids": EvaluateSolids, "shape_vae": ShapeVAE, "world": World}
-    return {**of_runs, **of_shapes}
+    made: dict[str, type[Stage]] = {"train": Train, "pairs": Pairs, "evaluate": Evaluate, "report": Report}
+    made |= {"assemble": Assemble, "evaluate_solids": EvaluateSolids, "shape_vae": ShapeVAE, "world": World}
+    return made
 
 
 def load_run(path: Path, overrides: list[str], *, smoke: bool = False) -> tuple[Run, list[Stage]]:
