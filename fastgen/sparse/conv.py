@@ -1,8 +1,9 @@
 """Submanifold convolution: the output has the sites of the input, and empty voxels count as zeros.
 
 Kernel 3 is a plain cross-correlation, out[p] = b + sum W[o] x[p + o] over the offsets o in {-1, 0, 1}^3 whose voxel is
-active; kernel axes D, H, W belong to x, y, z. Rows are gathered, multiplied and added offset by offset. Which rows meet
-at an offset is looked up once per set of sites, for 13 of the 26: each opposite one has the same pairs, swapped.
+active; kernel axes D, H, W belong to x, y, z. Rows are gathered, multiplied and added offset by offset; narrow ones, for
+which the calls would take longer than the arithmetic, at all offsets at once. Which rows meet at an offset is looked up
+once per set of sites, for 13 of the 26: each opposite one has the same pairs, swapped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastgen.sparse.tensor import Voxels, autocast
 
 CENTRE, OFFSETS = 13, 27
 CHUNK = 2**22  # entries of gathered rows that are held at once
+NARROW = 32  # channels; from there on arithmetic with the zeros of empty voxels costs more than calls do
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,29 @@ def _digits(offset: int) -> tuple[int, int, int]:
     return offset // 9, offset // 3 % 3, offset % 3
 
 
+def _table(sites: Sites) -> Tensor:
+    """The row at each offset of each row, long [N, 27], N where the voxel is empty; kept with the sites."""
+
+    def make() -> Tensor:
+        n, near = len(sites), neighbours(sites)
+        found = torch.full((n, OFFSETS), n, dtype=torch.long, device=sites.coords.device)
+        found[:, CENTRE] = torch.arange(n, device=found.device)
+        for offset, (here, there) in enumerate(near.pairs):
+            found[here, offset], found[there, OFFSETS - 1 - offset] = there, here
+        return found
+
+    return sites.once("table", make)
+
+
+def _gathered(x: Tensor, table: Tensor) -> Any:
+    """(rows, [rows, 27, C] of what `table` [N, 27] says of x [M, C]) in pieces of at most CHUNK entries."""
+    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
+    size = max(1, CHUNK // (OFFSETS * max(x.shape[1], 1)))
+    for first in range(0, len(table), size):
+        rows = slice(first, first + size)
+        yield rows, padded.index_select(0, table[rows].flatten()).view(-1, OFFSETS, x.shape[1])
+
+
 class _Conv(torch.autograd.Function):
     """out[p] = sum_o x[p + o] W[o]: x [N, in], W [27, in, out] -> [N, out].
 
@@ -67,7 +92,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, sites: Sites) -> Tensor:
-        return _convolve(x, weight, neighbours(sites))
+        return _convolve(x, weight, sites)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -96,7 +121,7 @@ class _Correlate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, sites: Sites) -> Tensor:
-        return _correlate(x, y, neighbours(sites))
+        return _correlate(x, y, sites)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -135,20 +160,30 @@ def _steps(near: Neighbours, width: int) -> Any:
                 yield OFFSETS - 1 - offset, b, a
 
 
-def _convolve(x: Tensor, weight: Tensor, near: Neighbours) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, sites: Sites) -> Tensor:
     """Sums over offsets are in float32 at least."""
     with torch.autocast(x.device.type, enabled=False):
+        if x.shape[1] <= NARROW and len(x):
+            return torch.cat([around.flatten(1) @ weight.flatten(0, 1) for _, around in _gathered(x, _table(sites))])
         out = wide(x @ weight[CENTRE])
-        for offset, rows, seen in _steps(near, max(weight.shape[1:])):
+        for offset, rows, seen in _steps(neighbours(sites), max(weight.shape[1:])):
             out.index_add_(0, rows, wide(x.index_select(0, seen) @ weight[offset]))
     return out.to(x.dtype)
 
 
-def _correlate(x: Tensor, y: Tensor, near: Neighbours) -> Tensor:
+def _correlate(x: Tensor, y: Tensor, sites: Sites) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         out = wide(x.new_zeros(OFFSETS, x.shape[1], y.shape[1]))
+        if x.shape[1] <= NARROW and len(x):
+            for rows, around in _gathered(x, _table(sites)):
+                out += (around.flatten(1).T @ y[rows]).view_as(out)
+            return out.to(x.dtype)
+        if y.shape[1] <= NARROW and len(x):  # seen from x[q], y lies at the opposite offset
+            for rows, around in _gathered(y, _table(sites).flip(1)):
+                out += (x[rows].T @ around.flatten(1)).view(x.shape[1], OFFSETS, -1).transpose(0, 1)
+            return out.to(x.dtype)
         out[CENTRE] = x.T @ y
-        for offset, rows, seen in _steps(near, max(x.shape[1], y.shape[1])):
+        for offset, rows, seen in _steps(neighbours(sites), max(x.shape[1], y.shape[1])):
             out[offset] += x.index_select(0, seen).T @ y.index_select(0, rows)
     return out.to(x.dtype)
 

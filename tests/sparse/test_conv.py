@@ -182,19 +182,23 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_gathered_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, layer = voxels(occupancy(1.0, 1, 8, 8, 8), 4), layer_of(4, 4)
+@pytest.mark.parametrize(("channels", "chunk", "most"), [(40, 640, 640 // 40), (4, 640, 27 * (640 // (27 * 4)))])
+def test_gathered_rows_are_bounded(channels: int, chunk: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide rows one offset at a time, narrow ones all 27 at once."""
+    x, layer = voxels(occupancy(1.0, 1, 8, 8, 8), channels), layer_of(channels, channels)
     whole = layer(x.requires_grad_()).feats
     (slope,) = torch.autograd.grad(whole.square().sum(), x.feats)
-    monkeypatch.setattr(conv, "CHUNK", 64)
+    monkeypatch.setattr(conv, "CHUNK", chunk)
     gathered: list[int] = []
     select = Tensor.index_select
     monkeypatch.setattr(Tensor, "index_select", lambda *a: gathered.append(len(a[2])) or select(*a))
     with Largest() as largest:
         out = layer(x).feats
         (again,) = torch.autograd.grad(out.square().sum(), x.feats)
-    assert max(gathered) == 64 // 4
-    assert largest.entries == whole.numel()  # no operation makes more than the features themselves
+    assert max(gathered) == most
+    if channels > conv.NARROW:
+        # No operation makes more than the features themselves, or the weight.
+        assert largest.entries == max(whole.numel(), layer.conv.weight.numel())
     assert apart(out, whole) <= 1e-13 and apart(again, slope) <= 1e-13
 
 
