@@ -1,20 +1,22 @@
 """Procedural solids through the way every shape takes here: distances on a grid, FlexiCubes, the software rasteriser.
 
-    python benchmarks/shapes_picture.py [docs/shapes.png]
+    python benchmarks/shapes_picture.py [docs]
 
-One column a solid; rows: shaded, normals, depth.
+shapes.png     one column a solid; rows: shaded, normals, depth
+turntable.gif  the bitten box from once around
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastgen.geometry import flexicubes
 from fastgen.geometry.cameras import orbit
-from fastgen.geometry.views import render
+from fastgen.geometry.views import render, save_gif, turntable
 from fastgen.images import save_png
 
 RESOLUTION, SIDE = 64, 160
@@ -47,12 +49,15 @@ def main() -> None:
     x = points()
     bitten = torch.maximum(box(x), -ball(x - torch.tensor([0.3, -0.22, 0.34]), 0.3))
     ringed = torch.minimum(ball(x, 0.24), torus(x, 0.38, 0.06))
+    meshes = [flexicubes.from_sdf(solid) for solid in (ball(x), torus(x), capsule(x), bitten, ringed)]
     columns = []
-    for solid in (ball(x), torus(x), capsule(x), bitten, ringed):
-        view = render(flexicubes.from_sdf(solid), orbit(8, size=SIDE)[1])
+    for mesh in meshes:
+        view = render(mesh, orbit(8, size=SIDE)[1])
         columns.append(torch.cat([view.picture(kind) for kind in ("shaded", "normal", "depth")]))
     picture = torch.cat(columns, 1).movedim(-1, 0)
-    save_png(sys.argv[1] if len(sys.argv) > 1 else "docs/shapes.png", picture * 2 - 1)
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    save_png(folder / "shapes.png", picture * 2 - 1)
+    save_gif(folder / "turntable.gif", turntable(meshes[3], frames=24, size=SIDE))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ The voxels are those nearest to the zero set of a smooth random field, which is 
 
 convolution  3 x 3 x 3, channels to channels; dense: conv3d over the whole grid
 windows      windows of 8 shifted by 4, heads of 16; dense: each window padded to 512 tokens, with a mask
-full         each sample attends to itself, the second with half its voxels; dense: both padded to the longer one
+full         each sample attends to itself, the second with half its voxels, on a grid of half the side, which is
+             where the flow does so; dense: both padded to the longer one
 
 In each run the two take turns, so that a drifting machine slows both; a ratio is the median over runs of dense over
 sparse time, and above 1 where sparse is quicker. Neighbours and windows are looked up before, once, as in a network;
@@ -145,8 +146,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for share in SHARES:
         generator = torch.Generator().manual_seed(0)
-        mask = torch.stack([surface(share, options.side, generator) for _ in range(2)]).to(options.device)
-        for what in ("convolution", "windows", "full"):
+        masks = {
+            what: torch.stack([surface(share, side, generator) for _ in range(2)]).to(options.device)
+            for what, side in (("convolution", options.side), ("windows", options.side), ("full", options.side // 2))
+        }
+        for what, mask in masks.items():
             made = convolution(mask, options) if what == "convolution" else ragged(mask, options, what == "windows")
             with torch.no_grad():
                 found, expected = (fn(*made[2]) for fn in made[:2])

@@ -181,12 +181,14 @@ def _awaken(net: torch.nn.Module) -> None:
 
 
 def _fill_a_twentieth(net: Any, args: dict[str, Any]) -> None:
-    last = net.out_layer[2]
-    side = 16 if args["channels"][0] > 64 else 4
+    last, dtype = net.out_layer[2], net.torso_dtype
+    samples, side = (1, 16) if args["channels"][0] > 64 else (4, 4)
+    net.to_torso(torch.float32)  # a CPU takes minutes for half-precision convolutions
     with torch.no_grad():
         last.bias.zero_()
-        logits = net(torch.randn(4, args["latent_channels"], side, side, side))
-        last.bias.fill_(-float(logits.flatten().quantile(0.95) if logits.numel() < 1e7 else logits.std() * 1.645))
+        logits = net(torch.randn(samples, args["latent_channels"], side, side, side))
+        last.bias.fill_(-float(logits.flatten().quantile(0.95)))
+    net.to_torso(dtype)
 
 
 def _tiny_encoder(folder: Path, told: dict[str, Any]) -> dict[str, str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
 
 from fastgen.errors import UserError
+from fastgen.teachers.trellis.folder import LATENT_FLOW, STRUCTURE_FLOW, TrellisFolder
 from fastgen.teachers.trellis.models import NETWORKS, make
 from fastgen.zoo import trellis
+from tests.commands import call
 from tests.teachers.trellis.nets import STRUCTURE, TRUNK, half_elements
 
 STEMS = trellis.VAES | {stem: net for flows in trellis.FLOWS.values() for stem, net in flows.items()}
@@ -56,6 +60,66 @@ def test_counts_and_dtypes(name):
         assert half_elements(net) == 554_115_072  # of the released file
     if type(net).__name__ == "SLatFlowModel":
         assert "pos_emb" not in state and tuple(state["input_blocks.0.conv1.conv.weight"].shape[1:4]) == (3, 3, 3)
+
+
+def write_headers(folder, names):
+    """Networks' files of full length, released names, shapes and dtypes, that take no room on the disk."""
+    (folder / "ckpts").mkdir(parents=True)
+    for name in names:
+        kind, args = STEMS[f"ckpts/{name}"]
+        (folder / f"ckpts/{name}.json").write_text(json.dumps({"name": kind, "args": args}))
+        described, end = {}, 0
+        for key, tensor in official(name).state_dict().items():
+            size = tensor.numel() * tensor.element_size()
+            dtype = {torch.float16: "F16", torch.float32: "F32"}[tensor.dtype]
+            described[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+            end += size
+        head = json.dumps(described).encode()
+        with (folder / f"ckpts/{name}.safetensors").open("wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            file.truncate(file.tell() + end)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """As they come: the three decoders of a text folder are stems of image-large."""
+    made = tmp_path_factory.mktemp("official")
+    for name, flows in trellis.FLOWS.items():
+        told = trellis.pipeline(name)
+        stems = [*flows, *(trellis.VAES if "image" in name else ())]
+        write_headers(made / name, [stem.removeprefix("ckpts/") for stem in stems])
+        if "text" in name:
+            models = told["args"]["models"]
+            models |= {role: f"../trellis-image-large/{stem}" for role, stem in models.items() if stem in trellis.VAES}
+            assert sum(stem.startswith("..") for stem in models.values()) == 4
+        (made / name / "pipeline.json").write_text(json.dumps(told))
+    return made
+
+
+@pytest.mark.parametrize("name", trellis.FLOWS)
+def test_the_four_folders_are_held_against_their_files_headers(folders, name):
+    ended = call("inspect", folders / name, "--json")
+    assert ended.code == 0, ended.message
+    found = json.loads(ended.out)["networks"]
+    assert len(found) == 6
+    for role, stem in json.loads((folders / name / "pipeline.json").read_text())["args"]["models"].items():
+        kind = STEMS[f"ckpts/{stem.split('/')[-1]}"][0]
+        assert (found[role]["class"], found[role]["parameters"]) == (kind, COUNTS[stem.split("/")[-1]][0])
+
+
+def test_the_headers_of_another_size_are_refused(folders, tmp_path):
+    base, large = (trellis.FLOWS[f"trellis-text-{size}"] for size in ("base", "large"))
+    (structure, latent), (_, other) = base, large
+    (tmp_path / "ckpts").mkdir()
+    for stem, described, size in ((structure, structure, "base"), (latent, other, "large")):
+        shutil.copy(folders / f"trellis-text-{size}" / f"{described}.json", tmp_path / f"{stem}.json")
+        (tmp_path / f"{stem}.safetensors").symlink_to(folders / "trellis-text-base" / f"{stem}.safetensors")
+    shutil.copy(folders / "trellis-text-base" / "pipeline.json", tmp_path)
+    folder = TrellisFolder.read(tmp_path)
+    assert folder.checked(STRUCTURE_FLOW).torso_dtype == torch.float16
+    with pytest.raises(UserError, match=rf"{latent}\.safetensors: ") as refusal:
+        folder.checked(LATENT_FLOW)
+    assert "\n" not in str(refusal.value)
 
 
 def test_every_published_network_is_counted():
