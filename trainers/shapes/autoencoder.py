@@ -54,8 +54,8 @@ class Autoencoder(nn.Module):
         about = validate(About, files.read_json(folder / ABOUT), str(folder / ABOUT))
         if about.part != part:
             raise UserError(f"{folder}: the autoencoder of the part '{about.part}', needed is that of '{part}'")
-        halves = (_read(folder / half, kind) for half, kind in HALVES[part].items())
-        return cls(*halves, about.resolution).eval().requires_grad_(False)
+        encoder, decoder = (_read(folder / half, kind) for half, kind in HALVES[part].items())
+        return cls(encoder, decoder, about.resolution).eval().requires_grad_(False)
 
 
 def _read(stem: Path, kind: str) -> Network:

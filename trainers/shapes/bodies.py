@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Bodies:
     def __len__(self) -> int:
         return len(self.solids)
 
-    def get(self, index: Tensor) -> dict[str, Tensor | Voxels]:
+    def get(self, index: Tensor) -> dict[str, Any]:
         picked = index.tolist()
         if self.part == "structure":
             return {"x0": torch.stack([self._kept[i] for i in picked]).float()}

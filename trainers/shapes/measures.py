@@ -21,7 +21,7 @@ def structures(net: Any, bodies: Bodies) -> dict[str, Any]:
     """IoU of full voxels with what their latents decode to, and the latents' std by channel."""
     found, means = [], []
     for i in range(len(bodies)):
-        grid: Any = bodies.get(torch.tensor([i]))["x0"]
+        grid = bodies.get(torch.tensor([i]))["x0"]
         mean = net.encoder(grid.to(_device(net)))[0]
         full, truth = (net.decoder(mean) > 0).cpu(), grid > 0.5
         found.append(float((full & truth).sum() / (full | truth).sum()))
@@ -35,7 +35,7 @@ def meshes(net: Any, bodies: Bodies) -> dict[str, Any]:
     """Distance of decoded meshes from their solids, in widths of voxels, how many are closed; the latents' std."""
     distances, closed, means = [], [], []
     for i, solid in enumerate(bodies.solids):
-        shown: Any = bodies.get(torch.tensor([i]))["x0"]
+        shown = bodies.get(torch.tensor([i]))["x0"]
         mean = net.encoder(shown.to(_device(net)))[0]
         (mesh,) = net.decoder.represent(net.decoder(mean))
         distances.append(chamfer(solid, mesh.to("cpu")) * bodies.resolution)

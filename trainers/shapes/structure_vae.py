@@ -26,7 +26,7 @@ class StructureVAE(Method):
 
     makes = "teacher"
 
-    def __init__(self, config: Config, student: Any) -> None:
+    def __init__(self, config: Any, student: Any) -> None:
         super().__init__(config, student)
         self.needs = frozenset({"x0"})
 
