@@ -12,9 +12,10 @@ from PIL import Image
 from fastgen.listing import config_names
 from tests.commands import call
 
-# A run on Stable Diffusion or a U-Net builds and imports as much as ten others: a few stand for all.
+# A run on Stable Diffusion, a U-Net or TRELLIS builds and imports as much as ten others: a few stand for all.
 QUICK = ("sim/sd15", "reflow/sd15-24gb", "reflow/cifar10", "consistency/tcm-cifar10", "meanflow/cifar10")
-SLOW = [name for name in config_names() if ("/sd" in name or "cifar10" in name) and name not in QUICK]
+LONG = ("/sd", "cifar10", "toy3d", "trellis-text")
+SLOW = [name for name in config_names() if any(part in name for part in LONG) and name not in QUICK]
 
 
 @pytest.mark.parametrize(
