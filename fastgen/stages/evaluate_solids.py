@@ -159,7 +159,7 @@ def table(report: dict[str, Any]) -> list[str]:
 
 
 def _share(value: float | None) -> str:
-    return f"{'-':>9}" if value is None else f"{value:9.1%}"
+    return f"{'-':>9}" if value is None else f" {value:8.1%}"
 
 
 def write_pictures(
