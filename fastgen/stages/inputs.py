@@ -22,7 +22,7 @@ from fastgen.teachers.mixture import Mixture
 from fastgen.teachers.trellis.flows import FlowDenoiser
 
 logger = logging.getLogger("fastgen")
-LATENTS = "latents"  # the folder that a stage's output has them in
+LATENTS = "latents"  # where a world's folder has them
 
 
 def latent_rows(run: Context, reference: str | None, part: Part, *flows: Denoiser) -> ShapeRows | SyntheticShapes:
@@ -43,7 +43,7 @@ def _rows_for(run: Context, reference: str | None, part: Part, flow: FlowDenoise
     config, condition = run.config.data, flow.condition
     if reference is not None:
         folder = run.path(reference)
-        folder = folder / LATENTS if reference in run.names else folder
+        folder = folder / LATENTS if (folder / LATENTS).is_dir() else folder
     elif config is not None and config.kind == "synthetic":
         args = flow.net.args
         return SyntheticShapes(part, flow.shape, args.resolution, condition, args.cond_channels, config.rows)
