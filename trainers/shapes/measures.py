@@ -32,17 +32,20 @@ def structures(net: Any, bodies: Bodies) -> dict[str, Any]:
 
 @torch.no_grad()
 def meshes(net: Any, bodies: Bodies) -> dict[str, Any]:
-    """Distance of decoded meshes from their solids, in widths of voxels, how many are closed; the latents' std."""
-    distances, closed, means = [], [], []
+    """Distance of decoded meshes from their solids, in widths of voxels, how many are closed, how far their colours are
+    off (mean over vertices and channels, of 1); the latents' std."""
+    distances, closed, colours, means = [], [], [], []
     for i, solid in enumerate(bodies.solids):
         shown = bodies.get(torch.tensor([i]))["x0"]
         mean = net.encoder(shown.to(_device(net)))[0]
         (mesh,) = net.decoder.represent(net.decoder(mean))
         distances.append(chamfer(solid, mesh.to("cpu")) * bodies.resolution)
         closed.append(len(mesh.faces) > 0 and is_closed(mesh))
+        colours.append(colour_error(solid, mesh.to("cpu")))
         means.append(mean.feats)
     std = torch.cat(means).std(0).tolist()
-    return {"chamfer": fmean(distances), "chamfer_worst": max(distances), "closed": fmean(closed), "std": std}
+    off = {"chamfer": fmean(distances), "chamfer_worst": max(distances), "colour": fmean(colours)}
+    return {**off, "closed": fmean(closed), "std": std}
 
 
 def chamfer(solid: Solid, mesh: Mesh) -> float:
@@ -54,6 +57,13 @@ def chamfer(solid: Solid, mesh: Mesh) -> float:
     there = solid.distance(points).abs().mean()
     back = torch.cdist(solid.points(MARKS), points).amin(1).mean()
     return float(there + back) / 2
+
+
+def colour_error(solid: Solid, mesh: Mesh) -> float:
+    """Mean distance of a mesh's colours from its solid's; 1 where there are none."""
+    if mesh.colours is None or len(mesh.colours) == 0:
+        return NOTHING
+    return float((mesh.colours - torch.tensor(solid.colour)).abs().mean())
 
 
 def _device(net: Any) -> torch.device:

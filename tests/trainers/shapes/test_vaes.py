@@ -9,9 +9,11 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from fastgen import files
+from fastgen.data.solids import Solid
 from fastgen.data.source import Source
 from fastgen.errors import UserError
 from fastgen.geometry import flexicubes
+from fastgen.geometry.mesh import Mesh
 from fastgen.sparse import Voxels
 from fastgen.stages.shape_vae import LatentNet, StructureNet
 from fastgen.trainers.engine.loop import Loop, LoopConfig
@@ -67,7 +69,7 @@ def test_losses_are_their_weighted_parts():
 def test_errors_vanish_for_the_true_distances_and_colours():
     shown = Bodies(2, SIDE, "latent", seed=0).get(torch.arange(2))["x0"]
     method = LatentVAE(LatentVAE.Config(near=1.5), latent())
-    truth = 4 * shown.feats[:, :LATTICE][:, fine_corners()].reshape(-1, 8)
+    truth = shown.feats[:, :LATTICE][:, fine_corners()].reshape(-1, 8)
     colour = shown.feats[:, None, LATTICE:].expand(-1, 64, -1).reshape(-1, 1, 3).logit().expand(-1, 8, -1)
     rest = torch.zeros(len(truth), 8, 3)  # normals, which nothing is asked of
     flat = torch.zeros(len(truth), 45)
@@ -106,7 +108,15 @@ def test_what_is_measured_of_a_perfect_and_of_an_empty_answer():
 
 def test_a_mesh_without_faces_is_far_from_everything():
     empty = flexicubes.from_features(torch.ones(1, 101), torch.zeros(1, 3, dtype=torch.int32), 16)
-    assert measures.chamfer(Bodies(1, SIDE, "latent", seed=0).solids[0], empty) == 1
+    solid = Bodies(1, SIDE, "latent", seed=0).solids[0]
+    assert measures.chamfer(solid, empty) == measures.colour_error(solid, empty) == 1
+
+
+def test_a_colour_is_off_by_the_mean_over_its_channels():
+    solid = Solid("box", "small")
+    vertices, faces = torch.rand(3, 3), torch.tensor([[0, 1, 2]])
+    mesh = Mesh(vertices, faces, torch.tensor(solid.colour) + torch.tensor([0.1, -0.2, 0.0]).expand(3, 3))
+    assert math.isclose(measures.colour_error(solid, mesh), 0.1, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(("part", "make"), [("structure", structure), ("latent", latent)])
