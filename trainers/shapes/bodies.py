@@ -5,7 +5,8 @@ second wall within, which the original removes by looking from outside. Here a s
 that what is extracted is its surface and nothing else.
 
 A voxel of structured latents is four fine voxels of the mesh decoder wide. Its features are the signed distances at the
-5^3 corners of those, in widths of fine voxels, and its solid's colour: all that the decoder has to give back.
+5^3 corners of those, and its solid's colour: all that the decoder has to give back. Distances are in widths of a voxel
+and cut off at two, so that voxels deep inside are all alike.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fastgen.teachers.trellis.mesh_decoder import FINER
 SIDE = FINER + 1
 LATTICE = SIDE**3
 CHANNELS = LATTICE + 3
+CUT = 2.0  # the corners of a voxel that the surface meets lie within sqrt(3)
 
 
 def body(solid: Solid, resolution: int) -> tuple[Tensor, Tensor]:
@@ -43,10 +45,9 @@ def body(solid: Solid, resolution: int) -> tuple[Tensor, Tensor]:
 
 
 def lattice(solid: Solid, coords: Tensor, resolution: int) -> Tensor:
-    """Signed distances [N, 5^3] (z fastest) in voxels [N, 3], in widths of fine voxels, negative inside."""
-    inside = torch.cartesian_prod(*[torch.arange(SIDE)] * 3)
-    fine = resolution * FINER
-    return solid.distance((coords[:, None] * FINER + inside) / fine - 0.5) * fine
+    """Signed distances [N, 5^3] (z fastest) in voxels [N, 3], in their widths, negative inside."""
+    inside = torch.cartesian_prod(*[torch.arange(SIDE)] * 3) / FINER
+    return solid.distance((coords[:, None] + inside) / resolution - 0.5) * resolution
 
 
 def occupancy(coords: Tensor, resolution: int) -> Tensor:
@@ -86,8 +87,9 @@ class Bodies:
         for solid in self.solids:
             coords, distances = body(solid, resolution)
             self.coords.append(coords)
-            # Half precision, a thousandth of a fine voxel: a solid has hundreds of voxels with 125 numbers each.
-            self._kept.append(occupancy(coords, resolution).bool() if part == "structure" else distances.half())
+            # Half precision, a thousandth of a voxel: a solid has hundreds of voxels with 125 numbers each.
+            cut = distances.clamp(-CUT, CUT).half()
+            self._kept.append(occupancy(coords, resolution).bool() if part == "structure" else cut)
 
     def __len__(self) -> int:
         return len(self.solids)

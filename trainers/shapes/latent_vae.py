@@ -31,7 +31,7 @@ class LatentVAE(Method):
         name: Literal["latent_vae"] = "latent_vae"
         kl: float = Field(default=0.01, ge=0)
         near: float = Field(default=2.0, gt=0)  # in widths of fine voxels, as distances are here
-        colour: float = Field(default=1.0, ge=0)
+        colour: float = Field(default=10.0, ge=0)
         flat: float = Field(default=0.01, ge=0)
 
     makes = "teacher"
@@ -59,7 +59,7 @@ class LatentVAE(Method):
     def errors(self, made: Voxels, shown: Voxels) -> dict[str, Tensor]:
         """What the decoder made of voxels [64 N, 101] against what these are, [N, CHANNELS]."""
         sdf, deform, weights, colour = made.feats.split(list(flexicubes.CHANNELS.values()), dim=1)
-        truth = shown.feats[:, :LATTICE][:, self._corners.to(made.device)].reshape(-1, 8)
+        truth = FINER * shown.feats[:, :LATTICE][:, self._corners.to(made.device)].reshape(-1, 8)
         weight = (-truth.abs() / self.config.near).exp()
         off = sdf - 1 / (FINER * self.resolution) - truth
         seen = colour.unflatten(1, (8, 6))[..., :3].sigmoid()

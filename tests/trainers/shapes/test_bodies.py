@@ -20,7 +20,7 @@ def ideal(solid, resolution):
     """The mesh decoder's output if it gave back the distances exactly: [64 N, 101] at fine coordinates [64 N, 3]."""
     coords, distances = body(solid, resolution)
     fine = subdivide(subdivide(Voxels(distances, torch.nn.functional.pad(coords, (1, 0)), 1)))
-    sdf = distances[:, fine_corners()].reshape(-1, 8) + 1 / (4 * resolution)
+    sdf = 4 * distances[:, fine_corners()].reshape(-1, 8) + 1 / (4 * resolution)
     return torch.cat([sdf, torch.zeros(len(sdf), 93)], dim=1), fine.coords[:, 1:]
 
 
@@ -51,11 +51,11 @@ def test_a_body_is_the_surface_and_all_that_it_encloses(kind):
     assert inner.any() and (lattice(solid, inner.nonzero(), 16) < 0).all()
 
 
-def test_a_lattice_is_measured_in_fine_voxels_from_its_voxels_corner():
+def test_a_lattice_is_measured_in_voxels_from_its_voxels_corner():
     solid = Solid("sphere", "large")
     found = lattice(solid, torch.tensor([[3, 8, 8]]), 16).reshape(5, 5, 5)
     line = torch.arange(5) / 64 + 3 / 16 - 0.5
-    assert torch.allclose(found[:, 0, 0], (line.abs() - 0.33) * 64, atol=1e-4)
+    assert torch.allclose(found[:, 0, 0], (line.abs() - 0.33) * 16, atol=1e-4)
     assert found[0, 1, 2] != found[0, 2, 2] and found[0, 1, 2] == found[0, 2, 1]
 
 
