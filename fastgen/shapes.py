@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import cond as conditions
-from fastgen import noise
+from fastgen import layout, noise
 from fastgen.cond import Cond
 from fastgen.errors import RunFailed, UserError, suggestion
 from fastgen.layout import normal_like
@@ -216,7 +216,16 @@ class Shapes:
 
 
 def _sampled(model: Teacher, fresh: Callable[..., Any], settings: FlowEuler, rule: str, cond: Cond) -> Any:
-    """Clean samples; fresh(draw=i): unit noise, of the first state (0) and of those between the steps."""
+    """Clean samples; fresh(draw=i): unit noise, of the first state (0) and of those between the steps. Numbers that are
+    not finite are a RunFailed."""
+    made = _stepped(model, fresh, settings, rule, cond)
+    if not bool(layout.finite(made).all()):
+        part = model.denoiser.part
+        raise RunFailed(f"the {part} flow gave numbers that are not finite; see its weights, or try --dtype fp32")
+    return made
+
+
+def _stepped(model: Teacher, fresh: Callable[..., Any], settings: FlowEuler, rule: str, cond: Cond) -> Any:
     if rule == "euler":
         return flow_euler.sample(model, fresh(draw=0), settings, cond)
     spec = SamplerSpec(path=model.path, times={settings.steps: settings.times()}, renoise=True)

@@ -152,13 +152,40 @@ def test_a_shape_without_a_surface_ends_the_run_and_writes_nothing(text_folder, 
 
 
 def test_a_turntable_is_a_gif(text_folder, tmp_path, monkeypatch):
-    from fastgen.geometry import views
+    from fastgen.geometry import splats, views
 
     monkeypatch.setattr(views, "turntable", partial(views.turntable, frames=5, size=24))
     out = tmp_path / "a.gif"
     assert call("generate", text_folder, "a pot", "--steps", "1", "--device", "cpu", "--out", out).code == 0
     with Image.open(out) as picture:
         assert picture.format == "GIF" and picture.n_frames == 5
+    monkeypatch.setattr(splats, "turntable", partial(splats.turntable, frames=3, size=24))
+    asked = ("generate", text_folder, "a pot", "--steps", "1", "--device", "cpu", "--gaussians", "--out", out)
+    assert call(*asked).code == 0
+    with Image.open(out) as picture:
+        assert picture.n_frames == 3
+
+
+@pytest.mark.parametrize("stem", ["ss_flow_img_dit_L_16l8_fp16", "slat_flow_img_dit_L_64l8p2_fp16"])
+def test_broken_weights_are_told_as_what_they_are(stem, image_folder, ball, tmp_path):
+    broken = shutil.copytree(image_folder, tmp_path / "broken")
+    file = broken / "ckpts" / f"{stem}.safetensors"
+    stored = load_file(file)
+    save_file(stored | {"out_layer.bias": torch.full_like(stored["out_layer.bias"], torch.nan)}, file)
+    shapes = Shapes(TrellisFolder.read(broken))
+    cond, cell = shapes.condition([ball]), torch.zeros(1, 4, dtype=torch.int32)
+    part = "structure" if stem.startswith("ss") else "latent"
+    with pytest.raises(RunFailed, match=f"the {part} flow gave numbers that are not finite"):
+        shapes.structure(cond, **FEW) if part == "structure" else shapes.latents(cond, cell, **FEW)
+
+
+def test_a_missing_decoder_is_told_before_anything_runs(image_folder, ball_file, tmp_path, monkeypatch):
+    torn = shutil.copytree(image_folder, tmp_path / "torn")
+    file = next((torn / "ckpts").glob("slat_dec_mesh*.safetensors"))
+    file.unlink()
+    monkeypatch.setattr(Shapes, "condition", lambda *asked: pytest.fail("the encoder was read"))
+    ended = call("generate", torn, "--image", ball_file, "--device", "cpu", "--out", tmp_path / "a.glb")
+    assert ended.code == 2 and f"{file}: missing, and its .json is there" in ended.message
 
 
 @pytest.mark.parametrize(
@@ -167,7 +194,7 @@ def test_a_turntable_is_a_gif(text_folder, tmp_path, monkeypatch):
         (["--label", "3"], "--label: TRELLIS takes --image"),
         (["--solver", "heun"], "--solver: TRELLIS takes"),
         (["--out", "a.png"], "--out a.png: give a .glb, .obj, .ply, .gif file, or a folder"),
-        (["--out", "a.glb", "--gaussians"], "Gaussians are written as .ply"),
+        (["--out", "a.glb", "--gaussians"], "Gaussians are written as .ply, or turned as .gif"),
         (["--out", "a.glb", "--num", "2"], "2 shapes need a folder"),
         (["--guidance", "0.5"], "--guidance 0.5: at least 1"),
         (["a chair"], "from images: give --image FILE, and no prompt"),

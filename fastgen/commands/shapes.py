@@ -50,7 +50,7 @@ def generate(
     from fastgen.api import pick_device
     from fastgen.files import make_folder
     from fastgen.shapes import Shapes
-    from fastgen.teachers.trellis.folder import TrellisFolder
+    from fastgen.teachers.trellis.folder import DECODERS, LATENT_FLOW, STRUCTURE_DECODER, STRUCTURE_FLOW, TrellisFolder
 
     told = TrellisFolder.read(folder)
     count = num or len(texts or [image])
@@ -64,6 +64,8 @@ def generate(
     shapes = Shapes(told, device=device, torso=dtype or usual, encoder=encoder)
     changes: dict[str, Any] = {"steps": steps, "cfg_strength": None if guidance is None else guidance - 1}
     shapes.check(sampler=sampler, **changes)  # before the encoder is read
+    for role in (STRUCTURE_FLOW, STRUCTURE_DECODER, LATENT_FLOW, DECODERS["gaussian" if gaussians else "mesh"]):
+        told.files(role)
     changes |= {"seed": seed, "sampler": sampler}
     cond = shapes.condition([asked[i % len(asked)] for i in range(count)])
     latents = shapes.latents(cond, shapes.structure(cond, **changes), **changes)
@@ -78,8 +80,8 @@ def _refuse_ending(out: Path, gaussians: bool) -> None:
     ending = out.suffix.lower()
     if ending and ending not in ENDINGS:
         raise UserError(f"--out {out}: give a {', '.join(ENDINGS)} file, or a folder")
-    if gaussians and ending not in ("", ".ply"):
-        raise UserError(f"--gaussians --out {out}: Gaussians are written as .ply")
+    if gaussians and ending not in ("", ".ply", ".gif"):
+        raise UserError(f"--gaussians --out {out}: Gaussians are written as .ply, or turned as .gif")
 
 
 def _asked(condition: str, image: Path | None, texts: Sequence[str] | None) -> list[Any]:
@@ -107,13 +109,14 @@ def _open(file: Path) -> Any:
 
 
 def _write(shapes: Shapes, latents: Voxels, files: list[Path], gaussians: bool) -> None:
+    from fastgen.geometry import splats
     from fastgen.geometry.export import save_mesh
     from fastgen.geometry.gaussian_ply import save_gaussians
     from fastgen.geometry.views import save_gif, turntable
 
     if gaussians:
-        for file, splats in zip(files, shapes.gaussians(latents), strict=True):
-            save_gaussians(file, splats)
+        for file, made in zip(files, shapes.gaussians(latents), strict=True):
+            save_gif(file, splats.turntable(made)) if file.suffix.lower() == ".gif" else save_gaussians(file, made)
         return
     for file, mesh in zip(files, shapes.meshes(latents), strict=True):
         if not len(mesh.faces):
