@@ -3,7 +3,8 @@
 Every tensor that is made is counted from its making to its end, the backward pass included, so gradient checkpointing
 and what autograd keeps are counted as they are. Two things are put in the place of what a GPU would do: attention
 keeps its inputs and its output (as flash kernels do), and half precision casts what `torch.autocast` would cast.
-What a GPU takes besides is not seen: workspaces of convolutions, fragmentation, the driver's own part.
+What a GPU takes besides is not seen: workspaces of convolutions, fragmentation, the driver's own part. A mask is
+taken to pick every entry.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as fake
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from fastgen.sparse.attention import Ragged
+from fastgen.sparse.tensor import autocast
 
 # CUDA's autocast lists, as far as networks of images use them.
 HALF = {
@@ -33,20 +38,30 @@ FULL = {functional.group_norm, functional.layer_norm, functional.softmax, torch.
 def peak_bytes(compute: Callable[[], Any], half: torch.dtype | None = None) -> int:
     """The most that is alive at once of what `compute` makes on the meta device; `half` is autocast's type, if any."""
     live, gpu = _Live(), _AsOnGPU(half)
-    with gpu, _recomputed_in(gpu), live:
+    masks = fake.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+    with masks, gpu, _recomputed_in(gpu), live:
         compute()
     return live.peak
 
 
 @contextmanager
 def _recomputed_in(mode: TorchFunctionMode) -> Iterator[None]:
-    """Autograd's engine leaves such modes behind; what a checkpoint computes again must be computed as at first."""
-    checkpoint = torch.utils.checkpoint.checkpoint
+    """Autograd's engine leaves such modes behind; what is computed again for it, by a checkpoint or by attention over
+    ragged sets, must be computed as at first."""
+    ragged: Any = Ragged
+    checkpoint, backward = torch.utils.checkpoint.checkpoint, ragged.backward
+
+    def again(ctx: Any, grad: Tensor) -> Any:
+        with mode:
+            return backward(ctx, grad)
+
     torch.utils.checkpoint.checkpoint = partial(checkpoint, context_fn=lambda: (nullcontext(), mode))
+    ragged.backward = staticmethod(again)
     try:
         yield
     finally:
         torch.utils.checkpoint.checkpoint = checkpoint
+        ragged.backward = staticmethod(backward)
 
 
 class _Live(TorchDispatchMode):
@@ -91,6 +106,8 @@ class _AsOnGPU(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is autocast:
+            return args if self.half is None else tuple(value.to(self.half) for value in args)
         if func is functional.scaled_dot_product_attention:
             inputs = (*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs))[:3]
             return _Attention.apply(*(self._cast(value, self.half) for value in inputs))

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgen import files
-from fastgen.codecs.sana import LENGTH
+from fastgen import files, sources
 from fastgen.config import override, plain, validate
-from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.listing import find_config
+from fastgen.listing import config_names, find_config
 from fastgen.memory import peak_bytes
 from fastgen.nets.weights import weight_files
+from fastgen.sparse import Voxels
 from fastgen.stages.config import load_run
 from fastgen.stages.context import Context
 from fastgen.stages.train import Train
-from fastgen.teachers.trellis.conditions import TOKENS
+from fastgen.stand_ins import TOKENS, rows_of, without_encoders
+from fastgen.teachers import trellis
 from fastgen.teachers.trellis.flows import TEXT, FlowDenoiser
 from fastgen.trainers.engine.averages import slow_copy
 from fastgen.trainers.engine.method import Batch, Method, find_method, parts_of
@@ -55,6 +55,7 @@ class Footprint:
 
     monitor  the copy of a network that measures its update now and then, when activations are gone
     codec    text encoders and decoder, there while data are encoded and previews drawn, not in a step
+    voxels   not bytes: how many the activations are estimated with; 0 for samples on a grid
     """
 
     weights: dict[str, int]
@@ -65,6 +66,7 @@ class Footprint:
     monitor: int
     codec: int
     parameters: dict[str, int]
+    voxels: int = 0
 
     @property
     def resident(self) -> int:
@@ -103,6 +105,12 @@ class Plan:
         return None if self.vram is None else self.footprint.total <= self.vram
 
     @property
+    def how(self) -> str:
+        """What the estimate of activations rests on."""
+        voxels = self.footprint.voxels
+        return f"{HOW}, of {voxels:,} voxels in made-up shells" if voxels else HOW
+
+    @property
     def settings(self) -> str | None:
         """The first remedy that fits and those before it, as keys of the stage; None: none is needed, or none helps."""
         if self.fits is not False or not self.remedies or self.vram is None or self.remedies[-1].total > self.vram:
@@ -129,7 +137,7 @@ class Plan:
                 "reserve_assumed": RESERVE,
                 "total": print_.total,
             },
-            "activations_how": HOW,
+            "activations_how": self.how,
             "vram_bytes": self.vram,
             "fits": self.fits,
             "remedies": [dataclasses.asdict(remedy) for remedy in self.remedies],
@@ -158,39 +166,89 @@ class Plan:
             yield (
                 f"fits with, in stage {self.stage}: {self.settings}" if self.settings else "none of these makes it fit"
             )
-        yield f"Activations: {HOW}."
+        yield f"Activations: {self.how}."
 
 
 def _line(what: str, size: int, note: str = "") -> str:
     return f"  {what:<42} {size / GIB:8.2f} GiB  {note}".rstrip()
 
 
+def plans(model: Path | str, name: str, overrides: Sequence[str] = (), *, vram: float | None = None) -> list[Plan]:
+    """As `plan`; for a TRELLIS folder, by the config for its condition, one for each stage that trains a flow."""
+    condition = _condition(model)
+    if condition is None:
+        return [plan(model, name, overrides, vram=vram)]
+    stages, context = _stages(model, _config_for(name, condition), overrides)
+    told = f"{model} is a TRELLIS folder for conditions of kind {condition}; use a config such as mdt"
+    if not (flows := [stage for stage in stages if stage.part is not None]):
+        raise UserError(f"--plan {name}: no stage of this config trains a flow, and {told}")
+    if (other := _made_for(context)) not in (None, condition):
+        raise UserError(f"--plan {name}: this config is for conditions of kind {other}, and {told}")
+    return [_planned(str(model), stage, context, vram) for stage in flows]
+
+
 def plan(model: Path | str, name: str, overrides: Sequence[str] = (), *, vram: float | None = None) -> Plan:
     """The footprint of a method (or of a config, by name or file) on a model, and with `vram` in GiB the remedies."""
-    stage, context = stage_of(model, name, overrides)
+    return _planned(str(model), *stage_of(model, name, overrides), vram)
+
+
+def _planned(model: str, stage: Train, context: Context, vram: float | None) -> Plan:
     first = footprint(stage, context)
     limit = None if vram is None else int(vram * GIB)
-    loop = {"batch": stage.loop.batch, "micro": stage.loop.micro or stage.loop.batch, "precision": stage.loop.precision}
+    loop: dict[str, Any] = {"batch": stage.loop.batch, "micro": stage.loop.micro or stage.loop.batch}
+    loop |= {"precision": stage.loop.precision} | ({"voxels": first.voxels} if first.voxels else {})
     remedies = []
     if limit is not None and first.total > limit:
         for remedy in _remedies(stage, first.total, lambda changed: footprint(changed, context).total):
             remedies.append(remedy)
             if remedy.total <= limit:
                 break
-    return Plan(str(model), stage.method.name, stage.name, loop, first, limit, remedies)
+    return Plan(model, stage.method.name, stage.name, loop, first, limit, remedies)
 
 
 def stage_of(model: Path | str, name: str, overrides: Sequence[str] = ()) -> tuple[Train, Context]:
     """The last stage of a config that makes a student, on the meta device, with the model for all that it begins from:
     what earlier stages make is of the same size."""
+    stages, context = _stages(model, name, overrides)
+    return next((s for s in reversed(stages) if find_method(s.method.name).makes == "student"), stages[-1]), context
+
+
+def _stages(model: Path | str, name: str, overrides: Sequence[str]) -> tuple[list[Train], Context]:
     run, stages = load_run(find_config(name), [f"teacher={model}", *overrides])
+    names = tuple(stage.name for stage in stages)
     training = [stage for stage in stages if isinstance(stage, Train)]
     if not training:
         raise UserError(f"--plan {name}: this config has no stage that trains")
-    stage = next((s for s in reversed(training) if find_method(s.method.name).makes == "student"), training[-1])
-    names = tuple(stage.name for stage in stages)
+    return [_begun(stage, names) for stage in training], Context(run, Path(run.out), "meta")
+
+
+def _begun(stage: Train, names: tuple[str, ...]) -> Train:
+    """With the model itself in the place of what earlier stages make, of which the context then knows none."""
     made = {key: "teacher" for key, reference in stage.inputs().items() if reference in names and key != "pairs"}
-    return stage.model_copy(update=made), Context(run, Path(run.out), "meta", names=names)
+    return stage.model_copy(update=made)
+
+
+def _condition(model: Path | str) -> str | None:
+    """What the flows of a TRELLIS folder are told, "image" or "text"; None for other models."""
+    if not sources.exists(model) or Path(model).expanduser().is_file():
+        return None
+    folder = sources.locate(model)
+    described = files.peek_json(folder / trellis.PIPELINE)
+    return trellis.PIPELINES[described["name"]] if trellis.recognises(folder) else None
+
+
+def _config_for(name: str, condition: str) -> str:
+    """A method's config for TRELLIS in place of the method's name."""
+    names = config_names()
+    return name if name in names else next((n for n in names if n.startswith(f"{name}/trellis-{condition}")), name)
+
+
+def _made_for(run: Context) -> str | None:
+    """The kind of condition of the TRELLIS folder that a config names for --smoke, if it does."""
+    named = run.config.smoke_teacher
+    if not isinstance(named, str) or not named.startswith(f"{sources.ZOO}trellis-"):
+        return None
+    return named.removeprefix(f"{sources.ZOO}trellis-").split("-")[0]
 
 
 def refuse_if_too_large(stage: Train, run: Context, memory: int | None = None) -> None:
@@ -225,7 +283,8 @@ def footprint(stage: Train, run: Context) -> Footprint:
     followed |= {average.name: "student" for average in stage.loop.ema}
     optim = {name: stage.loop.networks.get(name, stage.loop.optim) for name in trained}
     codec = getattr(method.student.codec, "folder", None)
-    gradients, activations = _step(stage, method, trained)
+    data = rows_of(method.student, stage.loop.micro or stage.loop.batch, stage.loop.micro_tokens)
+    gradients, activations = _step(stage, method, trained, data)
     return Footprint(
         weights=weights,
         averages={name: _bytes(trained[of]) for name, of in followed.items()},
@@ -235,6 +294,7 @@ def footprint(stage: Train, run: Context) -> Footprint:
         monitor=max(_bytes(parameters) for parameters in trained.values()),
         codec=0 if codec is None else _codec_bytes(codec),
         parameters=parameters,
+        voxels=len(data["x0"].sites) if isinstance(data["x0"], Voxels) else 0,
     )
 
 
@@ -246,7 +306,7 @@ def build(stage: Train, run: Context) -> Method:
         student = stage.make_student(run, teacher, like)
         for flow in (student, *([] if teacher is None else [teacher.denoiser])):
             if isinstance(flow, FlowDenoiser) and flow.condition == TEXT and flow.empty is None:
-                flow.empty = torch.empty(1, TOKENS, flow.net.args.cond_channels)  # that of the latents, in a run
+                flow.empty = torch.empty(1, TOKENS[TEXT], flow.net.args.cond_channels)  # that of the latents, in a run
         method = stage.build(run, student, teacher)
     for module in (*method.networks.values(), *method.frozen.values()):
         module.to("meta")
@@ -269,12 +329,16 @@ def sizes(method: Method) -> tuple[dict[str, int], dict[str, int]]:
     return sizes, counts
 
 
-def _step(stage: Train, method: Method, trained: dict[str, list[nn.Parameter]]) -> tuple[int, int]:
+def _step(
+    stage: Train, method: Method, trained: dict[str, list[nn.Parameter]], data: dict[str, Any]
+) -> tuple[int, int]:
     """Gradients and activations of the turn that takes the most of both."""
     for name, average in method.averages.items():
         method.slow[name] = slow_copy(method.networks[average.of])
-    _without_encoders(method)
-    data, found = _data(method, stage.loop.micro or stage.loop.batch), [(0, 0)]
+    without_encoders((*method.networks.values(), *method.frozen.values(), *method.slow.values()))
+    if method.teacher is not None:
+        method.teacher.guidance_interval = None  # whether a level lies inside is a matter of values; inside takes more
+    found = [(0, 0)]
     rows = torch.arange(len(next(iter(data.values()))), device="meta")
     batch = Batch(data, rows, seed=0, step=0, steps=stage.loop.steps)
     for turn in method.turns:
@@ -294,51 +358,6 @@ def _step(stage: Train, method: Method, trained: dict[str, list[nn.Parameter]]) 
 
         found.append((_bytes(own), peak_bytes(step, HALF[stage.loop.precision])))
     return max(found, key=sum)
-
-
-def _data(method: Method, rows: int) -> dict[str, Tensor]:
-    """What a batch holds, in shapes: everything that the student could be given."""
-    student, shape = method.student, (rows, *method.student.shape)
-    data = {name: torch.empty(shape, device="meta") for name in ("x0", "eps")}
-    if student.num_classes is not None:
-        data["label"] = torch.empty(rows, dtype=torch.int64, device="meta")
-    if student.codec is not None:
-        data |= {f"cond.{name}": value.expand(rows, *value.shape[1:]) for name, value in _text(student).items()}
-    return data
-
-
-def _text(denoiser: Denoiser) -> dict[str, Tensor]:
-    """One row of a text condition, in shapes; see `StableDiffusionDenoiser` and `SanaDenoiser`."""
-    config: Any = getattr(denoiser.net, "config", None)
-    if denoiser.family == "sana":
-        shapes = {"text": (1, LENGTH, config.caption_channels), "text_mask": (1, LENGTH)}
-        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    text = {"text": torch.empty(1, 77, config.cross_attention_dim, device="meta")}
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        text |= {"pooled": torch.empty(1, pooled, device="meta"), "time_ids": torch.empty(1, 6, device="meta")}
-    return text
-
-
-class _NoEncoders:
-    """In a codec's place: the empty prompt in shapes alone. Training takes prompts and latents from caches."""
-
-    reads_text = True
-
-    def __init__(self, row: dict[str, Tensor]) -> None:
-        self.row = row
-
-    def null(self) -> dict[str, Tensor]:
-        return self.row
-
-
-def _without_encoders(method: Method) -> None:
-    for module in (*method.networks.values(), *method.frozen.values(), *method.slow.values()):
-        for denoiser in module.modules():
-            if isinstance(denoiser, Denoiser) and denoiser.codec is not None:
-                denoiser.codec = _NoEncoders(_text(denoiser))  # type: ignore[assignment]
-    if method.teacher is not None:
-        method.teacher.guidance_interval = None  # whether a level lies inside is a matter of values; inside takes more
 
 
 def _moments(parameter: Tensor, config: OptimConfig) -> int:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from fastgen.memory import peak_bytes
+from fastgen.sparse import Voxels, attention
+from fastgen.sparse.shapes_only import ShapesOnly
 
 N = 100  # rows and columns: one activation is 4 N^2 bytes
 UNIT = 4 * N * N
@@ -107,3 +109,11 @@ def test_norms_are_computed_in_float32_under_autocast():
     norm, found = nn.LayerNorm(N, device="meta"), []
     peak_bytes(lambda: found.append(norm(x().bfloat16())), torch.bfloat16)
     assert found[0].dtype == torch.float32
+
+
+def test_attention_of_voxels_is_fused_in_both_passes():
+    n = 512
+    coords = torch.stack([torch.zeros(n), *torch.arange(n).expand(3, n)], 1).int()
+    line = Voxels(torch.empty(n, 1, device="meta"), ShapesOnly(coords, 1))
+    qkv = [torch.empty(n, 1, 4, device="meta", requires_grad=True) for _ in range(3)]
+    assert peak_bytes(lambda: attention.full(*qkv, line).sum().backward()) < 4 * n * n / 4

@@ -25,7 +25,7 @@ def inspect(
     """Say what a path is: a teacher or student and its facts, a run and its stages, pairs, or images.
 
     With --plan: the memory of weights, averages, moments and gradients of a method on this model, and an estimate of
-    activations; KEY=VALUE changes its config.
+    activations; KEY=VALUE changes its config. Of a TRELLIS folder both flows are planned.
     """
     if method is None:
         from fastgen.inspection import inspect as look
@@ -34,13 +34,14 @@ def inspect(
             raise UserError("config overrides and --vram go with --plan METHOD")
         _show(look(path), as_json)
         return
-    from fastgen.plan import plan
+    from fastgen.plan import plans
 
-    made = plan(path, method, overrides or [], vram=vram)
+    made = plans(path, method, overrides or [], vram=vram)
     if as_json:
-        print(json.dumps(made.to_dict()))
+        one, *more = [plan.to_dict() for plan in made]
+        print(json.dumps({"kind": "plans", "model": str(path), "plans": [one, *more]} if more else one))
     else:
-        print("\n".join(made.lines()))
+        print("\n\n".join("\n".join(plan.lines()) for plan in made))
 
 
 def list_(

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgen.errors import UserError
 from fastgen.sparse import backends
 from fastgen.sparse.sites import Sites, keys
-from fastgen.sparse.tensor import Voxels, autocast
+from fastgen.sparse.tensor import Voxels, as_they_are, autocast
 
 ALONE = 1024  # sets of this length or more are not padded: the call costs less than the padding
 CHUNK = 2**25  # entries of padded queries, or of a written-out attention matrix, that are held at once
@@ -135,11 +135,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     if torch._C._are_functorch_transforms_active() or any(forward_ad.unpack_dual(t)[1] is not None for t in (q, k, v)):
         return _padded(q, k, v, plan, True)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        return _Attention.apply(q, k, v, plan)
+        return Ragged.apply(q, k, v, plan)
     return _padded(q, k, v, plan, False)
 
 
-class _Attention(torch.autograd.Function):
+class Ragged(torch.autograd.Function):
     """Torch's fused kernels cannot be differentiated twice; this can. Ragged rows are kept, not padded ones."""
 
     @staticmethod
@@ -157,7 +157,7 @@ class _Attention(torch.autograd.Function):
                 t.detach().requires_grad_(need) for t, need in zip(inputs, ctx.needs_input_grad, strict=False)
             )
         wanted = [t for t, need in zip(inputs, ctx.needs_input_grad, strict=False) if need]
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.enable_grad(), as_they_are(grad):
             q, k, v = inputs
             out = _padded(q, k, v, ctx.plan, twice)
             found = iter(
@@ -170,7 +170,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, plan: Plan, written: bool) -> Tenso
     """Bucket by bucket; `written`: by products and softmax, which have every derivative."""
     if not plan.buckets:
         return q[:, :, :1] * v.new_zeros(v.shape[-1])
-    with torch.autocast(q.device.type, enabled=False):
+    with as_they_are(q):
         outs = [out for bucket in plan.buckets for out in _bucket(q, k, v, bucket, written)]
     return torch.cat(outs).index_select(0, plan.place)
 

@@ -1,9 +1,9 @@
 """Submanifold convolution: the output has the sites of the input, and empty voxels count as zeros.
 
 Kernel 3 is a plain cross-correlation, out[p] = b + sum W[o] x[p + o] over the offsets o in {-1, 0, 1}^3 whose voxel is
-active; kernel axes D, H, W belong to x, y, z. Rows are gathered, multiplied and added offset by offset; narrow ones, for
-which the calls would take longer than the arithmetic, at all offsets at once. Which rows meet at an offset is looked up
-once per set of sites, for 13 of the 26: each opposite one has the same pairs, swapped.
+active; kernel axes D, H, W belong to x, y, z. Rows are gathered, multiplied and added offset by offset; narrow ones,
+for which the calls would take longer than the arithmetic, at all offsets at once. Which rows meet at an offset is
+looked up once per set of sites, for 13 of the 26: each opposite one has the same pairs, swapped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastgen.layout import wide
 from fastgen.sparse import backends
 from fastgen.sparse.sites import Sites, keys
-from fastgen.sparse.tensor import Voxels, autocast
+from fastgen.sparse.tensor import Voxels, as_they_are, autocast
 
 CENTRE, OFFSETS = 13, 27
 CHUNK = 2**22  # entries of gathered rows that are held at once
@@ -162,7 +162,7 @@ def _steps(near: Neighbours, width: int) -> Any:
 
 def _convolve(x: Tensor, weight: Tensor, sites: Sites) -> Tensor:
     """Sums over offsets are in float32 at least."""
-    with torch.autocast(x.device.type, enabled=False):
+    with as_they_are(x):
         if x.shape[1] <= NARROW and len(x):
             return torch.cat([around.flatten(1) @ weight.flatten(0, 1) for _, around in _gathered(x, _table(sites))])
         out = wide(x @ weight[CENTRE])
@@ -172,7 +172,7 @@ def _convolve(x: Tensor, weight: Tensor, sites: Sites) -> Tensor:
 
 
 def _correlate(x: Tensor, y: Tensor, sites: Sites) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
+    with as_they_are(x):
         out = wide(x.new_zeros(OFFSETS, x.shape[1], y.shape[1]))
         if x.shape[1] <= NARROW and len(x):
             for rows, around in _gathered(x, _table(sites)):

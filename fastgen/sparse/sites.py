@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Hashable
 from itertools import accumulate, pairwise
@@ -34,8 +35,8 @@ class Sites:
     def under(self, finer: Sites) -> Sites:
         """These sites and all that is known of them, as the halves of finer ones. (A link kept in what the finer ones
         know would close a circle, and hold memory until the garbage collector comes.)"""
-        made = object.__new__(Sites)
-        made.coords, made.batch, made.finer, made._known = self.coords, self.batch, finer, self._known
+        made = copy.copy(self)
+        made.finer = finer
         return made
 
     def to(self, device: torch.device) -> Sites:

@@ -8,11 +8,13 @@ torch.func transforms and trees of samples need no case of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
 
 from fastgen.sparse.sites import Sites
@@ -247,7 +249,15 @@ register_pytree_node(Voxels, lambda v: ([v.feats], v.sites), _rebuild, serialize
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the precision that torch.autocast, where it is on, gives to matrix products."""
+    if has_torch_function(tensors):  # a mode that plans memory casts in its own way
+        return handle_torch_function(autocast, tensors, *tensors)
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device)) for t in tensors)
+
+
+def as_they_are(like: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on the device of `like`, which the meta device does not know anyway."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

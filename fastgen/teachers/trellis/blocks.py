@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from fastgen.layout import wide
 
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
     def through(self, block: nn.Module, *args: Any) -> Any:
         """A block's output, its activations kept or not."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
 
