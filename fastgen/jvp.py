@@ -77,6 +77,8 @@ def value_and_tangent(fn: Function, primals: Tensors, tangents: Tensors, config:
     masks in every evaluation of one call. A UserError where an operation has no forward-mode rule; a RunFailed that
     names the module where the derivative is not finite.
     """
+    if primals[0].device.type == "meta":
+        raise UserError("a derivative along the path cannot be planned, only run: its memory is not known beforehand")
     state, single = _random_state(primals[0].device), config.route == "single_pass"
     with torch.set_grad_enabled(single and torch.is_grad_enabled()):
         value, tangent = _derivative(fn, primals, tangents, config, state)
