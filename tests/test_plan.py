@@ -264,6 +264,7 @@ def test_the_command_prints_one_table_or_one_object(latents):
         (EIGHT, "go with --plan"),
         (("--plan", "reflowx"), "reflowx"),
         (("--plan", "imitate"), "closed-form"),
+        (("--plan", "meanflow"), "cannot be planned, only run"),
         (("--plan", "reflow", "stages.distil.loop.batchx=4"), "batchx"),
     ],
 )
