@@ -183,7 +183,8 @@ class Train(Stage):
         if method.makes == "student" and student.codec is not None:
             refuse_unreplayable(student, method.sampler())
         if teacher is not None and self.teacher_precision != "fp32":
-            teacher.denoiser.store_in(HALF[self.teacher_precision])  # only now: what is trained whole was copied in float32
+            # Only now: what is trained whole was copied in float32.
+            teacher.denoiser.store_in(HALF[self.teacher_precision])
         return method
 
     def make_student(self, run: Context, teacher: Teacher | None, data: DataSet | None) -> Denoiser:
