@@ -391,7 +391,7 @@ class Drawn:
         return {"x0": SD * torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(int(rows[0])))}
 
 
-@pytest.mark.parametrize("lambda_vd", [0.0, 1.0])
+@pytest.mark.parametrize("lambda_vd", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_gaussian_is_learned_from_its_velocity(lambda_vd, tmp_path):
     torch.manual_seed(0)
     student, teacher = TimeOnly(), Teacher(Mixture(torch.ones(1), torch.zeros(1, 1), SD**2 * torch.eye(1)[None]))
