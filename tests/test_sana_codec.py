@@ -63,8 +63,8 @@ def test_images_are_latents_times_the_scaling_factor(folder):
     images, latents = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, *SHAPE)
     with torch.no_grad():
         mean, std = codec.encode(images)
-        # Two loads of the same weights lie elsewhere in memory, and convolutions differ in their last digits by it: 1.1e-6
-        # of values of 1.1 was seen on one processor.
+        # Two loads of the same weights lie elsewhere in memory, and convolutions differ in their last digits by it:
+        # 1.1e-6 of values of 1.1 was seen on one processor.
         assert torch.allclose(mean, vae.encode(images).latent * 0.41407, atol=1e-5) and not std.any()
         assert torch.allclose(codec.decode(latents), vae.decode(latents / 0.41407).sample, atol=1e-5)
     assert codec.image_shape == (3, 64, 64) and codec.factor == 32
