@@ -165,6 +165,24 @@ def test_a_loss_without_weight_costs_nothing(options, generated, monkeypatch):
     assert len(times) == 2 * losses + generated and sum(bool((t == 1).all()) for t in times) == generated
 
 
+def test_the_papers_factor_reaches_the_gradient_of_distillation():
+    found = []
+    for factor in (False, True):
+        method = made(Gauss(0.8), lambda_vm=0, vd_one_minus_t=factor)
+        method.times = lambda batch: torch.full((64,), 0.25, dtype=torch.float64)
+        found.append(gradients(method, rows()))
+    torch.testing.assert_close(found[1][0], found[0][0])  # of the value nothing changes
+    torch.testing.assert_close(found[1][1]["sd"], 0.75 * found[0][1]["sd"], rtol=1e-10, atol=0)
+
+
+def test_distillation_looks_at_what_one_step_makes():
+    method, drawn = made(Gauss(0.8)), rows()
+    f, x = method.generated(drawn, drawn.x0, None)
+    z = drawn.normal_like("generator", drawn.x0)
+    torch.testing.assert_close(x, few_step.sample(method.student, method.spec, z, 1), rtol=1e-12, atol=1e-12)
+    assert f.requires_grad and not x.requires_grad
+
+
 def test_noise_is_shared_or_fresh():
     states = []
 
