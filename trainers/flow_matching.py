@@ -1,6 +1,6 @@
 """Train a teacher from data: regress the velocity of the straight line between noise and data (2210.02747, 2209.03003).
 
-    t ~ U(0, 1) or logit-normal,   x_t = (1 - t) x0 + t eps,   L = E | v(x_t, t, c) - (eps - x0) |^2
+    t ~ `times`,   x_t = (1 - t) x0 + t eps,   L = E | v(x_t, t, c) - (eps - x0) |^2
 
 On any path: x_t is mixed on the rectified-flow view and the network answers on its own path; where that ends before
 pure noise, t is shrunk to what it reaches. Labels are dropped with probability `drop_label` (pictures and texts of a
@@ -22,6 +22,7 @@ from fastgen.layout import mean
 from fastgen.paths import Path, RectifiedFlow
 from fastgen.student import SamplerSpec
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn, needs_of
+from fastgen.trainers.engine.times import TimesConfig
 
 RF = RectifiedFlow()
 
@@ -32,7 +33,7 @@ class FlowMatching(Method):
     class Config(Method.Config):
         name: Literal["flow_matching"] = "flow_matching"
         drop_label: float = Field(default=0.1, ge=0, le=1)
-        times: Literal["uniform", "logit_normal"] = "uniform"
+        times: TimesConfig = TimesConfig(kind="uniform")
 
     makes = "teacher"
     preview_steps = 8
@@ -49,8 +50,7 @@ class FlowMatching(Method):
 
     def loss(self, batch: Batch) -> Loss:
         cond = self.condition(batch)
-        u = batch.uniform("t") if self.config.times == "uniform" else batch.normal("t", ()).sigmoid()
-        t = last_time(self.student.path) * u
+        t = last_time(self.student.path) * self.config.times.draw(batch)
         x0 = batch.x0
         eps = batch.normal_like("eps", x0)
         pair = self.student(RF.mix(x0, eps, t), t, cond, on=RF)

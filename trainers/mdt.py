@@ -32,7 +32,6 @@ from torch import Tensor
 from fastgen import cond as conditions
 from fastgen import jvp
 from fastgen.cond import Cond
-from fastgen.config import Model
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.jvp import JvpConfig
@@ -42,26 +41,13 @@ from fastgen.samplers import few_step, ode
 from fastgen.samplers.flow_euler import FlowEuler
 from fastgen.student import SamplerSpec
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn, needs_of
+from fastgen.trainers.engine.times import TimesConfig
 from fastgen.trainers.flow_matching import RF, last_time
 
 TEACHER_STEPS = 25  # of Euler, in a diagnosis
 DECILES = 10
 Weight = Annotated[float, Field(ge=0)]
 Weights = Weight | Annotated[tuple[Weight, ...], Field(min_length=1)] | None
-
-
-class TimesConfig(Model):
-    """r in (0, 1): logit_normal, sigmoid(N(mean, std^2)), or uniform; t is r stretched over what can be asked."""
-
-    kind: Literal["logit_normal", "uniform"] = "logit_normal"
-    mean: float = 1.0
-    std: float = Field(default=1.0, gt=0)
-
-    def draw(self, batch: Batch) -> Tensor:
-        """[B]"""
-        if self.kind == "uniform":
-            return batch.uniform("t")
-        return (self.mean + self.std * batch.normal("t", ())).sigmoid()
 
 
 class Point(NamedTuple):

@@ -19,7 +19,7 @@ from fastgen import files
 from fastgen.config import Model
 from fastgen.data import shapes
 from fastgen.data.shapes import Manifest
-from fastgen.data.solids import conditions
+from fastgen.data.solids import KINDS, SIZES, conditions
 from fastgen.errors import UserError
 from fastgen.stages.config import Stage
 from fastgen.stages.context import Context
@@ -49,22 +49,34 @@ SAMPLER = {
     "params": {"steps": 25, "cfg_strength": 0.0, "cfg_interval": [0.5, 0.95], "rescale_t": 3.0},
 }
 RENDERER = "none: signed distances of procedural solids"
-DISTINCT = 0.1  # the least distance between two texts' encodings, over their rms
+WORDS = 50.0  # over transformers' own scale of embeddings, 0.02
+DISTINCT = 0.05  # the least distance between two texts' encodings, over their norm; one word of 77 tokens is 0.1
 
 
 class FlowNet(Model):
-    """The size of both flows. io: channels of the convolutions before and behind the second one's transformer."""
+    """The size of a flow's transformer."""
 
     channels: int = Field(default=96, ge=6)
     blocks: int = Field(default=4, ge=1)
     heads: int = Field(default=4, ge=1)
-    io: int = Field(default=32, ge=1)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> FlowNet:
         if self.channels % self.heads:
             raise ValueError(f"channels={self.channels} is no multiple of {self.heads} heads")
         return self
+
+
+class StructureFlow(FlowNet):
+    """patch: cells along a side of one token."""
+
+    patch: int = Field(default=1, ge=1)
+
+
+class LatentFlow(FlowNet):
+    """io: channels of the convolutions before and behind the transformer."""
+
+    io: int = Field(default=32, ge=1)
 
 
 class TextNet(Model):
@@ -88,7 +100,8 @@ class World(Stage):
     structure: str
     latent: str
     rows: int = Field(default=2000, ge=2)
-    flow: FlowNet = FlowNet()
+    structure_flow: StructureFlow = StructureFlow()
+    latent_flow: LatentFlow = LatentFlow()
     text: TextNet = TextNet()
 
     def smoke(self) -> World:
@@ -131,23 +144,23 @@ class World(Stage):
 
     def _write_stems(self, folder: Path, nets: dict[str, Autoencoder], side: int) -> None:
         (folder / "ckpts").mkdir()
-        latent, flow = nets["latent"].decoder.args, self.flow
-        args = {
+        latent = nets["latent"].decoder.args
+        shared = {
             "in_channels": latent.latent_channels,
             "out_channels": latent.latent_channels,
             "cond_channels": self.text.width,
-            "model_channels": flow.channels,
-            "num_blocks": flow.blocks,
-            "num_heads": flow.heads,
             "qk_rms_norm": True,
         }
+        structure_args = {**sizes(self.structure_flow), "resolution": side, "patch_size": self.structure_flow.patch}
+        latent_args = {
+            **sizes(self.latent_flow),
+            "resolution": latent.resolution,
+            "patch_size": 2,
+            "io_block_channels": [self.latent_flow.io],
+        }
         flows = {
-            "structure": make("SparseStructureFlowModel", {**args, "resolution": side, "patch_size": 1}, "flow"),
-            "latent": make(
-                "SLatFlowModel",
-                {**args, "resolution": latent.resolution, "patch_size": 2, "io_block_channels": [flow.io]},
-                "flow",
-            ),
+            "structure": make("SparseStructureFlowModel", {**shared, **structure_args}, "structure_flow"),
+            "latent": make("SLatFlowModel", {**shared, **latent_args}, "latent_flow"),
         }
         for part, stems in STEMS.items():
             write_stem(nets[part].encoder, folder / stems["encoder"])
@@ -211,6 +224,11 @@ class World(Stage):
         files.write_atomic(folder / "README.md", card(len(names), voxels, manifest))
 
 
+def sizes(net: FlowNet) -> dict[str, int]:
+    """As TRELLIS names them."""
+    return {"model_channels": net.channels, "num_blocks": net.blocks, "num_heads": net.heads}
+
+
 @torch.inference_mode()
 def encoded(net: Autoencoder, bodies: Bodies, device: str) -> list[Tensor]:
     """The encoder's mean of every solid: [C, R, R, R] of a structure, [N, C] of latents."""
@@ -228,8 +246,10 @@ def moments(latents: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def write_text_encoder(folder: Path, size: TextNet) -> None:
-    """CLIP's text tower with few channels and random weights, ten times transformers' own scale: at that, texts hardly
-    differ beside what their positions add."""
+    """CLIP's text tower with few channels and random weights, in which every word of a solid's text is a token.
+
+    Words are fifty times transformers' own scale: at that, what the layers add drowns which word stands there.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils import logging as quiet
 
@@ -239,10 +259,12 @@ def write_text_encoder(folder: Path, size: TextNet) -> None:
         intermediate_size=2 * size.width,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        initializer_factor=10.0,
     )
-    CLIPTextModel(config).save_pretrained(folder)
-    write_clip_tokenizer(folder)
+    net = CLIPTextModel(config)
+    with torch.no_grad():
+        net.get_input_embeddings().weight.mul_(WORDS)
+    net.save_pretrained(folder)
+    write_clip_tokenizer(folder, ("a", *SIZES, *KINDS))
 
 
 def told_apart(encoder: TextEncoder) -> dict[str, Tensor]:

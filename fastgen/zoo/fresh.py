@@ -132,14 +132,20 @@ def _write_index(folder: Path, encoders: Sequence[str], tokenizers: Sequence[str
     files.write_json(folder / "model_index.json", index)
 
 
-def write_clip_tokenizer(folder: Path) -> None:
-    """CLIP's byte-level tokenizer without merges: a letter is a token, start and end are where CLIP has them."""
+def write_clip_tokenizer(folder: Path, words: Sequence[str] = ()) -> None:
+    """CLIP's byte-level tokenizer: a letter is a token, start and end are where CLIP has them.
+
+    words: of ASCII letters in lower case; each is merged from left to right into one token. Words that share the
+    beginning of another's middle can keep it from being merged.
+    """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]  # stand-ins of the 256 bytes (GPT-2)
-    words = [*letters, *(f"{letter}</w>" for letter in letters)]
-    vocabulary = {word: i for i, word in enumerate(words)} | {"<|startoftext|>": START, "<|endoftext|>": END}
+    ends = [(word[:i], word[i] + "</w>" * (i == len(word) - 1)) for word in words for i in range(1, len(word))]
+    merges = list(dict.fromkeys(ends))
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)} | {"<|startoftext|>": START, "<|endoftext|>": END}
     files.write_json(folder / "vocab.json", vocabulary)
-    files.write_atomic(folder / "merges.txt", "#version: 0.2\n")
+    files.write_atomic(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
     files.write_json(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastgen import files
 from fastgen.data.shapes import LatentShapes
-from fastgen.data.solids import solids
+from fastgen.data.solids import KINDS, SIZES, conditions, solids
 from fastgen.errors import RunFailed, Stopped, UserError
 from fastgen.samplers import flow_euler
 from fastgen.sparse import Voxels
@@ -28,8 +28,9 @@ LOOP = {"steps": 4, "batch": 2, "save_every": 2, "preview_every": 4, "log_every"
 VAE = {"stage": "shape_vae", "resolution": 4, "rows": 6, "held_out": 2, "loop": LOOP}
 STRUCTURE = {"name": "s", **VAE, "part": "structure", "net": {"channels": [8, 16], "middle": 1}}
 LATENT = {"name": "l", **VAE, "part": "latent", "net": {"encoder": 32, "blocks": 0}}
-FLOW = {"channels": 24, "blocks": 1, "heads": 2, "io": 8}
-WORLD = {"name": "w", "stage": "world", "structure": "s", "latent": "l", "rows": 10, "flow": FLOW}
+FLOW = {"channels": 24, "blocks": 1, "heads": 2}
+FLOWS = {"structure_flow": {**FLOW, "patch": 2}, "latent_flow": {**FLOW, "io": 8}}
+WORLD = {"name": "w", "stage": "world", "structure": "s", "latent": "l", "rows": 10, **FLOWS}
 SEED = 7
 
 
@@ -104,6 +105,23 @@ def test_each_solid_comes_with_its_text(world):
     assert torch.allclose(shapes.empty, encoder.empty, atol=2e-3)
 
 
+def test_a_word_is_a_token_that_tells_the_solid(world):
+    encoder = TextEncoder(TrellisFolder.read(world / "w" / "model").encoder)
+    for kind, size in conditions():
+        assert encoder.parts[0].tokenize(f"a {size} {kind}") == ["a</w>", f"{size}</w>", f"{kind}</w>"]
+    sizes = encoder.encode([f"a {size} torus" for size in SIZES])[:, 2]
+    kinds = encoder.encode([f"a large {kind}" for kind in KINDS])[:, 3]
+    for words in (sizes, kinds):
+        assert torch.cdist(words, words).add(torch.eye(len(words)) * 99).min() > 0.5 * words.norm(dim=1).mean()
+
+
+def test_a_patch_that_does_not_fit_the_structures_grid_is_refused(world, tmp_path):
+    vaes = {name: str(world / name[0] / "model") for name in ("structure", "latent")}
+    with pytest.raises(UserError, match=r"structure_flow.*resolution=2 is no multiple of patch_size=3"):
+        go(tmp_path / "run", {**WORLD, **vaes, "structure_flow": {**FLOW, "patch": 3}})
+    assert not (tmp_path / "run" / "w" / "model").exists()
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_weights(world, tmp_path):
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
@@ -130,7 +148,7 @@ def test_an_autoencoder_that_diverges_is_not_written(tmp_path):
         ({**STRUCTURE, "method": {"near": 1.0}}, "unknown key 'near'"),
         ({**STRUCTURE, "resolution": 6, "net": {"channels": [8, 16, 16]}}, "resolution=6 cannot be halved 2 times"),
         ({**STRUCTURE, "part": "mesh"}, "'part': input should be 'structure' or 'latent'"),
-        ({**WORLD, "flow": {"channels": 25, "heads": 2}}, "channels=25 is no multiple of 2 heads"),
+        ({**WORLD, "latent_flow": {"channels": 25, "heads": 2}}, "channels=25 is no multiple of 2 heads"),
         ({**WORLD, "text": {"width": 9}}, "width=9 is no multiple of 2 heads"),
         ({**WORLD, "rows": 1}, "'rows': input should be greater than or equal to 2"),
     ],

@@ -24,6 +24,10 @@ def method(student, **options):
     return FlowMatching(FlowMatching.Config(**options), student)
 
 
+UNIFORM = {"kind": "uniform"}
+TIMES = [UNIFORM, {"kind": "logit_normal", "mean": 1.0, "std": 0.5}]
+
+
 def spied(student):
     """What the bare network of a denoiser is asked: lists of states, times and conditions."""
     asked, raw = [], student.raw
@@ -31,12 +35,12 @@ def spied(student):
     return asked
 
 
-@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("times", TIMES)
 def test_loss_and_gradient_equal_the_hand_derived_ones(times):
     shape, n = (1, 3, 3), 16
     student, rows = Linear(shape), batch({"x0": gaussian(n, shape)}, n)
     loss, gradient = gradients(method(student, times=times), rows)
-    t = rows.uniform("t") if times == "uniform" else 1 / (1 + (-rows.normal("t", ())).exp())
+    t = rows.uniform("t") if times == UNIFORM else 1 / (1 + (-1 - 0.5 * rows.normal("t", ())).exp())
     x0, eps = rows.x0.flatten(1), rows.normal("eps", shape).flatten(1)
     x = (1 - t[:, None]) * x0 + t[:, None] * eps
     v = x @ student.a.detach().T + student.b.detach() + t[:, None] * student.c.detach()
@@ -80,7 +84,7 @@ def stationarity(student, batches=40, size=4000, **options):
 
 
 @pytest.mark.parametrize("path", [RF, VP(), EDM()])
-@pytest.mark.parametrize("times", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("times", TIMES)
 def test_loss_is_stationary_at_the_posterior_mean(path, times):
     truth = mixture()
     assert stationarity(Leaning(truth, path), times=times) < 4
@@ -103,8 +107,8 @@ def test_each_label_has_its_own_posterior_mean_and_dropped_ones_have_the_whole(d
 def test_times_have_their_law_inside_the_networks_own_path(path, scale):
     student, n = small(path=path), 20_000
     assert last_time(student.path) == pytest.approx(scale, abs=5e-7)
-    laws = {"uniform": "uniform", "logit_normal": lambda u: ndtr(np.log(u / (1 - u)))}
-    for times, law in laws.items():
+    laws = ["uniform", lambda u: ndtr((np.log(u / (1 - u)) - 1) / 0.5)]
+    for times, law in zip(TIMES, laws, strict=True):
         asked = on_rectified_flow(student, {"x0": gaussian(n, (2,))}, n, times=times)
         assert kstest(asked / scale, law).statistic < 1.95 / math.sqrt(n), times
 

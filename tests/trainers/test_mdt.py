@@ -21,7 +21,8 @@ from fastgen.trainers import mdt
 from fastgen.trainers.engine.loop import Loop, LoopConfig
 from fastgen.trainers.engine.method import parts_of
 from fastgen.trainers.engine.optim import OptimConfig
-from fastgen.trainers.mdt import MDT, TimesConfig, normalised, vd_error
+from fastgen.trainers.engine.times import TimesConfig
+from fastgen.trainers.mdt import MDT, normalised, vd_error
 from tests.trainers.truth import batch, gaussian, gradients, small
 
 RF = RectifiedFlow()

@@ -17,7 +17,8 @@ from fastgen.teachers.trellis.models import make
 from fastgen.trainers.engine.loop import Loop, LoopConfig
 from fastgen.trainers.engine.method import Batch, parts_of
 from fastgen.trainers.engine.optim import ClipConfig, OptimConfig
-from fastgen.trainers.mdt import MDT, TimesConfig
+from fastgen.trainers.engine.times import TimesConfig
+from fastgen.trainers.mdt import MDT
 from tests import tiny
 
 ARGS: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "model_channels": 24, "cond_channels": 8, "num_heads": 2}

@@ -6,7 +6,8 @@ that what is extracted is its surface and nothing else.
 
 A voxel of structured latents is four fine voxels of the mesh decoder wide. Its features are the signed distances at the
 5^3 corners of those, and its solid's colour: all that the decoder has to give back. Distances are in widths of a voxel
-and cut off at two, so that voxels deep inside are all alike.
+and cut off at two, so that voxels deep inside are all alike; colours are spread over the same range, for three numbers
+among 128 are overlooked otherwise.
 """
 
 from __future__ import annotations
@@ -102,5 +103,5 @@ class Bodies:
 
     def features(self, i: int) -> Tensor:
         """What the encoder of structured latents is given of a solid, float32 [N, CHANNELS]."""
-        colour = torch.tensor(self.solids[i].colour).expand(len(self.coords[i]), 3)
-        return torch.cat([self._kept[i].float(), colour], dim=1)
+        colour = CUT * (2 * torch.tensor(self.solids[i].colour) - 1)
+        return torch.cat([self._kept[i].float(), colour.expand(len(self.coords[i]), 3)], dim=1)

@@ -20,7 +20,7 @@ from fastgen.geometry import flexicubes
 from fastgen.sparse import Voxels
 from fastgen.teachers.trellis.mesh_decoder import FINER
 from fastgen.trainers.engine.method import Batch, Loss, Method, Turn
-from fastgen.trainers.shapes.bodies import LATTICE, fine_corners
+from fastgen.trainers.shapes.bodies import CUT, LATTICE, fine_corners
 from fastgen.trainers.shapes.structure_vae import divergence
 
 
@@ -63,7 +63,8 @@ class LatentVAE(Method):
         weight = (-truth.abs() / self.config.near).exp()
         off = sdf - 1 / (FINER * self.resolution) - truth
         seen = colour.unflatten(1, (8, 6))[..., :3].sigmoid()
-        told = shown.feats[:, None, LATTICE:].expand(-1, FINER**3, -1).reshape(-1, 1, 3)
+        colour = (shown.feats[:, None, LATTICE:] / CUT + 1) / 2
+        told = colour.expand(-1, FINER**3, -1).reshape(-1, 1, 3)
         return {
             "sdf": (weight * off.square()).sum() / weight.sum(),
             "colour": (seen - told).square().mean(),

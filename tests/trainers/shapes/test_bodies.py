@@ -65,7 +65,7 @@ def test_solids_are_counted_on_from_the_first():
     shown, again = few.get(torch.tensor([1, 0]))["x0"], more.get(torch.tensor([6, 5]))["x0"]
     assert torch.equal(shown.feats, again.feats) and torch.equal(shown.coords, again.coords)
     assert shown.shape == (2, CHANNELS) and shown.lengths.tolist() == [len(c) for c in reversed(few.coords)]
-    assert torch.equal(shown.feats[0, LATTICE:], torch.tensor(few.solids[1].colour))
+    assert torch.allclose(shown.feats[0, LATTICE:] / 4 + 0.5, torch.tensor(few.solids[1].colour))  # 0..1 as -2..2
 
 
 def test_a_grid_is_full_where_its_solid_has_voxels():

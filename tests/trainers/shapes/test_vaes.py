@@ -70,7 +70,8 @@ def test_errors_vanish_for_the_true_distances_and_colours():
     shown = Bodies(2, SIDE, "latent", seed=0).get(torch.arange(2))["x0"]
     method = LatentVAE(LatentVAE.Config(near=1.5), latent())
     truth = 4 * shown.feats[:, :LATTICE][:, fine_corners()].reshape(-1, 8)
-    colour = shown.feats[:, None, LATTICE:].expand(-1, 64, -1).reshape(-1, 1, 3).logit().expand(-1, 8, -1)
+    told = shown.feats[:, None, LATTICE:] / 4 + 0.5
+    colour = told.expand(-1, 64, -1).reshape(-1, 1, 3).logit().expand(-1, 8, -1)
     rest = torch.zeros(len(truth), 8, 3)  # normals, which nothing is asked of
     flat = torch.zeros(len(truth), 45)
     feats = torch.cat([truth + 1 / (4 * SIDE), flat, torch.cat([colour, rest], 2).flatten(1)], 1)
