@@ -13,8 +13,7 @@ from fastgen.listing import config_names
 from tests.commands import call
 
 # A run on Stable Diffusion, a U-Net or TRELLIS builds and imports as much as ten others: a few stand for all.
-QUICK = ("sim/sd15", "reflow/sd15-24gb", "reflow/cifar10", "consistency/tcm-cifar10", "meanflow/cifar10")
-QUICK += ("mdt/trellis-image-large",)
+QUICK = ("reflow/sd15-24gb", "consistency/tcm-cifar10", "meanflow/cifar10", "mdt/trellis-image-large")
 LONG = ("/sd", "cifar10", "toy3d", "trellis")
 SLOW = [name for name in config_names() if any(part in name for part in LONG) and name not in QUICK]
 
