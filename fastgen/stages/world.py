@@ -260,7 +260,7 @@ def write_text_encoder(folder: Path, size: TextNet) -> None:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
     )
-    net = CLIPTextModel(config)
+    net: Any = CLIPTextModel(config)
     with torch.no_grad():
         net.get_input_embeddings().weight.mul_(WORDS)
     net.save_pretrained(folder)
