@@ -248,7 +248,7 @@ def moments(latents: list[Tensor]) -> tuple[Tensor, Tensor]:
 def write_text_encoder(folder: Path, size: TextNet) -> None:
     """CLIP's text tower with few channels and random weights, in which every word of a solid's text is a token.
 
-    Words are fifty times transformers' own scale: at that, what the layers add drowns which word stands there.
+    Words have fifty times transformers' own scale, at which what the layers add drowns which word stands there.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.utils import logging as quiet
