@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def point_protocol(student: Student, teacher: Teacher, *, n: int, seed: int) -> 
     real = truth.sample(seed, "evaluate", rows)
     z = torch.randn(n, *teacher.shape, generator=torch.Generator().manual_seed(seed))
     bent = [ode.straightness(model, z, steps=100, cond=label) for model in (student.denoiser, teacher)]
-    return {
+    told = {
         "n": n,
         "seed": seed,
         "rmse": metrics.rmse(one, exact),
@@ -132,6 +133,8 @@ def point_protocol(student: Student, teacher: Teacher, *, n: int, seed: int) -> 
         "mode_shares": truth.mode_shares(one).tolist(),
         "mode_shares_exact": truth.weights.tolist(),
     }
+    # A diverged student has one-step samples, and no path; JSON has no NaN.
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
 
 
 def classifier_for(train: DataSet, steps: int = 1000) -> Extractor:
