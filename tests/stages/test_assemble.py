@@ -19,7 +19,8 @@ from fastgen.teacher import read_denoiser
 from fastgen.teachers.trellis.flows import StructureDenoiser
 from fastgen.teachers.trellis.folder import FLOWS, ROLES, TrellisFolder
 from fastgen.teachers.trellis.models import make
-from tests.commands import call
+from tests.commands import call, tree_bytes
+from tests.crash import dies_at
 
 STEP = 3e-4  # what the students here have moved, about
 PARTS = ("structure", "latent")
@@ -56,6 +57,7 @@ def run(tmp_path, base, **stage):
     """`fastgen distill` of that one stage; paths by key."""
     entry = {key: str(value) if isinstance(value, os.PathLike) else value for key, value in stage.items()}
     config = {"threads": 1, "stages": [{"name": "made", "stage": "assemble", "base": str(base), **entry}]}
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     return call("distill", tmp_path / "config.yaml", f"out={tmp_path / 'run'}", "device=cpu")
 
@@ -114,6 +116,24 @@ def test_a_base_keeps_its_files_as_they_were(text_folder, students, tmp_path):
     assert kept.stat().st_mode & 0o777 == 0o600 and kept.stat().st_nlink == 2
     shutil.rmtree(folder)
     assert load_file(kept)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_instant_leaves_no_half_a_folder_and_the_same_end(text_folder, students, tmp_path):
+    tree = tree_bytes(text_folder)
+    whole = tree_bytes(made(tmp_path / "whole", text_folder, **students))
+    for instant in range(200):
+        out = tmp_path / str(instant)
+        died = dies_at(instant, lambda out=out: made(out, text_folder, **students))
+        if (model := out / "run/made/model").exists():
+            assert tree_bytes(model) == whole
+        if not (out / "run/made/stage.json").exists():
+            assert call("distill", out / "config.yaml", f"out={out / 'run'}", "device=cpu", "--resume").code == 0
+        assert tree_bytes(model) == whole and tree_bytes(text_folder) == tree
+        shutil.rmtree(out)
+        if not died:
+            break
+    assert instant > 10 and not died
 
 
 def test_where_links_cannot_be_files_are_copied(text_folder, students, tmp_path, monkeypatch):

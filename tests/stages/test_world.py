@@ -22,7 +22,8 @@ from fastgen.teachers.trellis.conditions import TextEncoder
 from fastgen.teachers.trellis.folder import DECODERS, STRUCTURE_DECODER, TrellisFolder
 from fastgen.trainers.shapes.autoencoder import Autoencoder
 from fastgen.trainers.shapes.bodies import Bodies
-from tests.commands import refused, write_config
+from tests.commands import refused, tree_bytes, write_config
+from tests.crash import dies_at
 
 LOOP = {"steps": 4, "batch": 2, "save_every": 2, "preview_every": 4, "log_every": 2, "optim": {"lr": 2.0e-3}}
 VAE = {"stage": "shape_vae", "resolution": 4, "rows": 6, "held_out": 2, "loop": LOOP}
@@ -131,6 +132,25 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(world, tmp_path):
     for half in ("encoder", "decoder"):
         there, here = (files.sha256(out / "s" / "model" / f"{half}.safetensors") for out in (world, tmp_path / "run"))
         assert there == here
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_instant_leaves_no_half_a_folder_and_the_same_end(world, tmp_path):
+    vaes = {part: str(world / part[0] / "model") for part in ("structure", "latent")}
+    stage = {**WORLD, **vaes, "rows": 2}
+    whole = tree_bytes(go(tmp_path / "whole", stage) / "w/model")
+    for instant in range(200):
+        out = tmp_path / str(instant)
+        died = dies_at(instant, lambda out=out: go(out, stage))
+        if (out / "w/model").exists():
+            assert tree_bytes(out / "w/model") == whole
+        go(out, stage, resume=(out / "config.yaml").exists())
+        assert tree_bytes(out / "w/model") == whole
+        assert {path.name for path in (out / "w").glob("[!.]*")} == {"begun.json", "stage.json", "model"}
+        shutil.rmtree(out)
+        if not died:
+            break
+    assert instant > 10 and not died
 
 
 def test_an_autoencoder_that_diverges_is_not_written(tmp_path):
