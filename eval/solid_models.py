@@ -105,8 +105,11 @@ class Models:
 
     def structures(self, row: Row, cond: Cond, rows: Tensor, seed: int) -> Tensor:
         """Latents of the first stage, [B, C, R, R, R], for the numbers `rows` int64 [B]."""
-        z = noise.normal(seed, "solid/structure", rows.to(self.device), self.flows["teacher", "structure"].shape)
-        return self._sampled(row, "structure", z, cond, rows, seed)
+        return self._sampled(row, "structure", self.structure_noise(rows, seed), cond, rows, seed)
+
+    def structure_noise(self, rows: Tensor, seed: int) -> Tensor:
+        """[B, C, R, R, R]"""
+        return noise.normal(seed, "solid/structure", rows.to(self.device), self.flows["teacher", "structure"].shape)
 
     def filled(self, structures: Tensor) -> Tensor:
         """Which voxels they fill, bool [B, S, S, S]."""
@@ -114,10 +117,13 @@ class Models:
 
     def latents(self, row: Row, filled: Tensor, cond: Cond, rows: Tensor, seed: int) -> Voxels:
         """Latents of the second stage on these voxels, normalised; no sample may be without any."""
+        return self._sampled(row, "latent", self.latent_noise(filled, rows, seed), cond, rows, seed)
+
+    def latent_noise(self, filled: Tensor, rows: Tensor, seed: int) -> Voxels:
+        """On these voxels, bool [B, S, S, S]."""
         coords = filled.nonzero().int()
         empty = torch.zeros(len(coords), *self.flows["teacher", "latent"].shape, device=self.device)
-        z = layout.normal_like(Voxels(empty, coords, len(rows)), seed, "solid/latent", rows.to(self.device))
-        return self._sampled(row, "latent", z, cond, rows, seed)
+        return layout.normal_like(Voxels(empty, coords, len(rows)), seed, "solid/latent", rows.to(self.device))
 
     def meshes(self, latents: Voxels) -> list[Mesh]:
         mean, std = (torch.tensor([values], device=self.device) for values in (self.folder.mean, self.folder.std))
