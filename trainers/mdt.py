@@ -66,6 +66,9 @@ class MDT(Method):
         name: Literal["mdt"] = "mdt"
         distill_type: Literal["discrete", "continuous", "cm"] = "discrete"
         distill_interval: float = Field(default=0.01, gt=0, lt=1)  # of t; TRELLIS's networks see 1000 t
+        # Where t begins; null: at the interval, as released. Below it a difference ends at 0: of a long interval's band
+        # nothing else would be trained, and phi there is what all later times are built on.
+        t_min: float | None = Field(default=None, gt=0, lt=1)
         multiphase: int = Field(default=1, ge=1)  # cm: how many phases of equal length
         lambda_vm: float = Field(default=1.0, ge=0)
         lambda_vd: float = Field(default=1.0, ge=0)
@@ -190,10 +193,11 @@ class MDT(Method):
             yield config.lambda_vd * mean_all(error), {"loss_vd": mean_all(error), **by_time("vd", error, t)}
 
     def times(self, batch: Batch) -> Tensor:
-        """t [B], from s upwards; for a difference not below s + `distill_interval`."""
-        low, span = self.view.sigma_min, self.config.distill_interval
-        low = low if self.config.distill_type == "continuous" else low + span
-        return low + (self.last_time - low) * self.config.t_schedule.draw(batch)
+        """t [B], from s + `t_min` upwards; null: from s, or for a difference from s + `distill_interval`."""
+        config = self.config
+        released = 0.0 if config.distill_type == "continuous" else config.distill_interval
+        low = self.view.sigma_min + (released if config.t_min is None else config.t_min)
+        return low + (self.last_time - low) * config.t_schedule.draw(batch)
 
     def condition(self, batch: Batch) -> Cond:
         """The batch's own; some rows without."""
@@ -248,7 +252,7 @@ class MDT(Method):
         """phi and g, a difference to a point earlier on the teacher's trajectory; both in float32 at least."""
         phi = self.average_velocity(at.cond)(at.x, at.t)
         _, _, before = self.earlier(at)
-        return phi, (phi.detach() - before) / self.config.distill_interval
+        return phi, (phi.detach() - before) / expand(self.interval(at.t), phi)
 
     def consistency(self, at: Point) -> tuple[Tensor, Tensor]:
         """The samples at the phase's lower end T, as phi sees them from t and from a step earlier."""
@@ -258,11 +262,15 @@ class MDT(Method):
         end = (t * phases).floor() / phases
         return at.x - expand(at.t - end, phi) * phi, x - expand(t - end, x) * before
 
+    def interval(self, t: Tensor) -> Tensor:
+        """[B]: `distill_interval`, or what is left of t above s."""
+        return (t - self.view.sigma_min).clamp(max=self.config.distill_interval)
+
     @torch.no_grad()
     def earlier(self, at: Point) -> tuple[Tensor, Tensor, Tensor]:
         """(x-, t-, phi-): one interval down the teacher's trajectory."""
-        step = self.config.distill_interval
-        x, t = wide(at.x) - step * at.v, at.t - step
+        step = self.interval(at.t)
+        x, t = wide(at.x) - expand(step, at.v) * at.v, at.t - step
         before = self.average_velocity(at.cond)(x, t)
         torch.clear_autocast_cache()  # it holds half-precision weights made just now, without a way back to their own
         return x, t, before

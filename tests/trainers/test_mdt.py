@@ -328,6 +328,23 @@ def test_times_leave_room_for_the_difference():
 # What is refused
 
 
+@pytest.mark.parametrize("s", [0.0, 1e-3])
+def test_below_the_interval_the_difference_ends_where_the_path_does(s):
+    student = small()
+    student.path = path = RectifiedFlow(sigma_min=s)
+    method = MDT(MDT.Config(**PLAIN, distill_interval=0.2, t_min=0.01), student, truth())
+    times = torch.tensor([0.05, 0.2, 0.7], dtype=torch.float64)
+    x = gaussian(3, (2,), 2)
+    point = mdt.Point(x, times, None, method.velocity_of(method.teacher(x, times, on=path)))
+    steps = torch.tensor([0.05 - s, 0.2 - s, 0.2], dtype=torch.float64)[:, None]
+    phi = method.average_velocity(None)
+    before = phi(x - steps * point.v, times - steps[:, 0])
+    torch.testing.assert_close(method.earlier(point)[1], torch.tensor([s, s, 0.5], dtype=torch.float64))
+    torch.testing.assert_close(method.discrete(point)[1], (phi(x, times) - before) / steps)
+    found = method.times(rows(4000))
+    assert s + 0.01 <= found.min() < 0.1 and found.max() <= 1
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
