@@ -90,6 +90,34 @@ def test_what_is_left_halves_with_the_interval():
     assert left[0] / left[1] == pytest.approx(2, abs=0.03) and left[1] / left[2] == pytest.approx(2, abs=0.015)
 
 
+class EulerMean(Denoiser):
+    """The mean velocity along the teacher's Euler path of these steps, the last one as short as it must be."""
+
+    family = "euler mean"
+
+    def __init__(self, step: float) -> None:
+        super().__init__(None, RF, Prediction(kind="flow"), shape=(2,))
+        self.step, self.teacher = step, truth()
+
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, extra: Tensor | None) -> Tensor:
+        end, t = x, time
+        while (t > 1e-9).any():
+            v = self.teacher(end, t.clamp(min=1e-6), on=RF).velocity
+            step = t.clamp(max=self.step)
+            end, t = end - step[:, None] * v, t - step
+        return (x - end) / time.clamp(min=1e-6)[:, None]
+
+
+def test_with_exact_differences_the_mean_of_the_euler_path_is_the_fixed_point():
+    for t in (0.05, 0.3, 0.73, 1.0):
+        method = made(EulerMean(0.2), distill_interval=0.2, t_min=0.01, exact_difference=True)
+        prediction, aim = method.target(at(method, t))
+        torch.testing.assert_close(prediction, aim, rtol=0, atol=1e-9)
+    released = made(EulerMean(0.2), distill_interval=0.2)
+    prediction, aim = released.target(at(released, 0.73))
+    assert float((prediction - aim).abs().min()) > 0.05
+
+
 @pytest.mark.parametrize("lambda_vd", [0.0, 1.0])
 def test_the_exact_student_has_no_gradient_when_continuous(lambda_vd):
     method = made(distill_type="continuous", lambda_vd=lambda_vd)
@@ -350,6 +378,7 @@ def test_below_the_interval_the_difference_ends_where_the_path_does(s):
     [
         ({"lambda_vm": 0, "lambda_vd": 0}, "nothing would be trained"),
         ({"distill_type": "cm"}, "set lambda_vd=0"),
+        ({"distill_type": "cm", "lambda_vd": 0, "exact_difference": True}, "belongs to distill_type=discrete"),
         ({"multiphase": 2}, "belongs to distill_type=cm"),
         ({"jvp": {"route": "finite"}}, "belongs to distill_type=continuous"),
         ({"cfg_vm": []}, "at least 1 item"),
