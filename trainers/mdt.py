@@ -17,7 +17,7 @@ Defaults are those of the released configs. The paper's algorithm 1 is another: 
 false, share_noise: false (VD noises x' anew), vd_one_minus_t: true (its gradient has the factor dx'_t / dx'). With
 d_norm the exact phi is no fixed point, and at 40 / 100 a run is stopped long before one: it is the lr of 4e-8 that
 regulates it. A longer interval, which a small network fits sooner, asks for what the released code can do without:
-t_min, or the band below the interval is never trained; exact_difference, or the fixed point is short of the v's mean.
+t_min, or the band below the interval is never trained; exact_difference, or the fixed point falls short of v's mean.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class MDT(Method):
         distill_interval: float = Field(default=0.01, gt=0, lt=1)  # of t; TRELLIS's networks see 1000 t
         # Where t begins; null: at the interval, as released. Below it a difference ends at 0: of a long interval's band
         # nothing else would be trained, and phi there is what all later times are built on.
-        t_min: float | None = Field(default=None, gt=0, lt=1)
+        t_min: float | None = Field(default=None, ge=1e-4, lt=1)  # float32 tells t from s
         # v - t- g in place of v - t g: the product rule of differences, whose fixed point is the mean of an Euler path.
         exact_difference: bool = False
         multiphase: int = Field(default=1, ge=1)  # cm: how many phases of equal length

@@ -353,9 +353,6 @@ def test_times_leave_room_for_the_difference():
     assert float(method.times(wide).mean()) == pytest.approx(0.5, abs=0.02) and float(method.times(wide).min()) < 0.01
 
 
-# What is refused
-
-
 @pytest.mark.parametrize("s", [0.0, 1e-3])
 def test_below_the_interval_the_difference_ends_where_the_path_does(s):
     student = small()
@@ -373,12 +370,16 @@ def test_below_the_interval_the_difference_ends_where_the_path_does(s):
     assert s + 0.01 <= found.min() < 0.1 and found.max() <= 1
 
 
+# What is refused
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"lambda_vm": 0, "lambda_vd": 0}, "nothing would be trained"),
         ({"distill_type": "cm"}, "set lambda_vd=0"),
         ({"distill_type": "cm", "lambda_vd": 0, "exact_difference": True}, "belongs to distill_type=discrete"),
+        ({"t_min": 0.0}, "greater than or equal to"),
         ({"multiphase": 2}, "belongs to distill_type=cm"),
         ({"jvp": {"route": "finite"}}, "belongs to distill_type=continuous"),
         ({"cfg_vm": []}, "at least 1 item"),
