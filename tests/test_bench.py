@@ -143,6 +143,7 @@ list(bench.run(options, json_to=sys.argv[1], repeats=1))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_keeps_the_finished_rows(tmp_path):
     file, root = tmp_path / "rows.jsonl", Path(__file__).resolve().parent.parent
     child = subprocess.run([sys.executable, "-c", KILLED, str(file)], cwd=root)

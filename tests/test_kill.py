@@ -149,9 +149,10 @@ def test_killed_twenty_times_the_run_is_the_undisturbed_one(config, whole, tmp_p
 @pytest.mark.parametrize(
     ("start", "number", "moment", "where"),
     [
-        (spawned, signal.SIGTERM, 5, "imitate"),
+        (Forked, signal.SIGTERM, 5, "imitate"),
         (Forked, signal.SIGTERM, STEPS + 2, "pairs"),
         (Forked, signal.SIGINT, STEPS + SHARDS + 5, "reflow"),
+        pytest.param(spawned, signal.SIGTERM, 5, "imitate", marks=pytest.mark.slow),
         pytest.param(spawned, signal.SIGINT, STEPS + SHARDS + 5, "reflow", marks=pytest.mark.slow),
     ],
 )

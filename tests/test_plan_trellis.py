@@ -14,13 +14,23 @@ from fastgen.student import save_teacher
 from fastgen.teacher import read_denoiser
 from fastgen.teachers import unet
 from tests.commands import call
+from tests.footprints import remember_footprints
 
 PARTS = ("structure", "latent")
-FEW = ("stages.structure.loop.micro=2", "stages.latent.loop.micro=2", "stages.latent.loop.micro_tokens=1000")
+FEW = (
+    *(f"stages.{part}.{setting}" for part in PARTS for setting in ("loop.micro=2", "method.lambda_vd=0")),
+    "stages.latent.loop.micro_tokens=1000",
+)
 
 
 def held(module):
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    with pytest.MonkeyPatch.context() as patch:
+        yield remember_footprints(patch)
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,17 @@ from PIL import Image
 from fastgen.listing import config_names
 from tests.commands import call
 
-# A run on Stable Diffusion, a U-Net or TRELLIS builds and imports as much as ten others: a few stand for all.
-QUICK = ("reflow/sd15-24gb", "consistency/tcm-cifar10", "meanflow/cifar10", "mdt/trellis-image-large")
-LONG = ("/sd", "cifar10", "toy3d", "trellis")
-SLOW = [name for name in config_names() if any(part in name for part in LONG) and name not in QUICK]
+# Each method runs on points and on small images (of lcm, which is for texts: tests/trainers/test_contract.py). What is
+# on networks of the real classes, or differs by its sizes alone, waits for `pytest -m slow`.
+QUICK = ("quickstart", "flow_matching/default", "imitate/default", "prepare/default")
+
+
+def quick(name):
+    return name in QUICK or name.endswith(("/mixture", "-mixture", "/digits"))
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in config_names()]
+    "name", [pytest.param(name, marks=() if quick(name) else pytest.mark.slow) for name in config_names()]
 )
 def test_every_shipped_config_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTGEN_CACHE", str(tmp_path / "cache"))

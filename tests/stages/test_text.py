@@ -82,6 +82,7 @@ def test_reflow_and_sim_make_students_that_read_prompts(tmp_path, teachers, prom
     assert facts["teacher_sha256"] == facts["init_sha256"]
 
 
+@pytest.mark.slow
 def test_lora_students_share_frozen_weights_and_are_written_merged_and_beside(tmp_path, teachers, prompts):
     lora = ", student: {lora: {rank: 2}, gradient_checkpointing: true}, teacher_precision: bf16"
     out = run(tmp_path, teachers["sd"], sim(lora), f"data.path={prompts}")
@@ -99,6 +100,7 @@ def test_lora_students_share_frozen_weights_and_are_written_merged_and_beside(tm
     assert all("lora" in key for key in state["networks"]["student"])
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, teachers, prompts):
     whole = run(
         tmp_path / "a" if (tmp_path / "a").mkdir() is None else tmp_path, teachers["sd"], sim(), f"data.path={prompts}"

@@ -82,7 +82,10 @@ def test_smoke_training_moves_every_network(name, whole):
             assert all(value.isfinite().all() for value in tensors.values())
 
 
-@pytest.mark.parametrize("name", methods())
+# lcm runs on a network for texts; tests/trainers/test_lcm_unet.py resumes a small one.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "lcm" else ()) for name in methods()]
+)
 def test_interrupted_and_resumed_is_the_uninterrupted_run_bit_for_bit(name, whole, tmp_path):
     out, stages = whole(name)
     asked = []
