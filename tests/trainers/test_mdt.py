@@ -292,6 +292,26 @@ def test_a_full_grid_of_voxels_is_a_dense_sample(kind, dtype, tolerance):
         torch.testing.assert_close(h[name], g[name], rtol=tolerance, atol=tolerance * float(g[name].abs()))
 
 
+@pytest.mark.parametrize("kind", ["discrete", "continuous", "cm"])
+def test_a_sample_without_voxels_changes_nothing(kind):
+    config = MDT.Config(**{**PLAIN, "distill_type": kind, "d_norm": True, "lambda_vd": float(kind != "cm")})
+    coords = torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 2, 2))).int()
+    feats, found = gaussian(16, (3,), 8), []
+    for samples, times in ((2, (0.3, 0.8)), (3, (0.3, 0.5, 0.8))):
+        place = coords.clone()
+        place[:, 0] *= samples - 1  # of three the second is empty
+        drawn = batch({"x0": Voxels(feats, place, samples)}, samples)
+        drawn.normal_like = lambda tag, like, draw=0: like.with_feats(gaussian(16, (3,), len(tag)))
+        drawn.uniform = lambda tag, shape=(), draw=0, t=times: torch.tensor(t, dtype=torch.float64)
+        method = MDT(config, PerVoxel(torch.float64), Teacher(PerVoxel(torch.float64)))
+        method.times = lambda drawn: drawn.uniform("t")
+        found.append(gradients(method, drawn))
+    (two, g), (three, h) = found
+    torch.testing.assert_close(three, two, rtol=1e-12, atol=0)
+    for name in g:
+        torch.testing.assert_close(h[name], g[name], rtol=1e-12, atol=0)
+
+
 # Guidance
 
 
