@@ -37,7 +37,7 @@ from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.jvp import JvpConfig
 from fastgen.layout import Samples, expand, mean, mean_all, sumsq, wide
-from fastgen.paths import Pair, RectifiedFlow
+from fastgen.paths import VP, Pair, RectifiedFlow
 from fastgen.samplers import few_step, ode
 from fastgen.samplers.flow_euler import FlowEuler
 from fastgen.student import SamplerSpec
@@ -293,10 +293,16 @@ class MDT(Method):
 
     def sampler(self) -> SamplerSpec:
         """phi is the average down to 0: a partial step with it (euler) leaves the trajectory, fresh noise does not."""
-        grids = {n: FlowEuler(steps=n, rescale_t=self.config.rescale_t).times() for n in self.config.steps}
-        times = {n: tuple(self.last_time * time for time in grid) for n, grid in grids.items()}
+        times = {n: self.grid(n) for n in self.config.steps}
         renoise, init = self.config.sampler == "renoise", self.student.path.init
         return SamplerSpec(path=self.view, times=times, renoise=renoise, follows=True, init=init)
+
+    def grid(self, n: int) -> tuple[float, ...]:
+        """Times of n steps: TRELLIS's, or of a table of levels its own even ones, which stock schedulers visit."""
+        own = self.student.path
+        if isinstance(own, VP):
+            return tuple(self.view.time(*own.levels(torch.tensor(own.grid(n), dtype=torch.float64))).tolist())
+        return tuple(self.last_time * t for t in FlowEuler(steps=n, rescale_t=self.config.rescale_t).times())
 
     def diagnose(self, student: Denoiser, batch: Batch) -> dict[str, float]:
         """From fixed noises: how far one step ends from the teacher's end point (`teacher_gap`)."""

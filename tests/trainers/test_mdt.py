@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fastgen.cond import Cond
 from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
-from fastgen.paths import Prediction, RectifiedFlow
+from fastgen.paths import VP, Prediction, RectifiedFlow
 from fastgen.samplers import few_step
+from fastgen.samplers.replay import replay, visited
 from fastgen.sparse import Voxels
 from fastgen.teacher import Teacher
 from fastgen.teachers import mlp
@@ -454,6 +455,30 @@ def test_samplers_of_a_gaussian_student():
     assert std(2, rescale_t=1.0, sampler="renoise") == pytest.approx(0.5, abs=2e-3)
     spec = made(rescale_t=3.0).sampler()
     assert spec.times == {1: (1.0,), 2: (1.0, 0.75)} and spec.keeps_noise and not spec.renoise
+
+
+class Eps(Denoiser):
+    """A network of Stable Diffusion's kind: it predicts noise, on a table of levels that ends before pure noise."""
+
+    family, xl = "stable_diffusion", False
+
+    def __init__(self) -> None:
+        super().__init__(None, VP(), Prediction(kind="eps"), shape=(2,))
+        self.weight = nn.Parameter(torch.tensor(0.4, dtype=torch.float64))
+
+    def raw(self, x: Tensor, time: Tensor, cond: Cond, extra: Tensor | None) -> Tensor:
+        return self.weight * torch.tanh(x + time[:, None] / 500)
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), [("euler", "DDIMScheduler"), ("renoise", "LCMScheduler")])
+def test_stock_schedulers_step_a_student_on_a_table_of_levels(sampler, scheduler):
+    """Its Euler steps are DDIM's; tests/samplers/test_replay.py holds both schedulers against ours."""
+    student = Eps()
+    spec = made(student, Teacher(Eps()), sampler=sampler).sampler()
+    assert spec.times[1] == pytest.approx((RF.time(*VP().levels(torch.tensor(999.0))).item(),))
+    entry = replay(student, spec)
+    assert entry.scheduler == scheduler and entry.steps == (1, 2)
+    assert [visited(entry, n) for n in entry.steps] == [(999,), (999, 499)]
 
 
 # Learning
