@@ -22,6 +22,7 @@ import torch
 from fastgen import layout
 from fastgen.cond import Cond
 from fastgen.data.solids import solids
+from fastgen.errors import UserError
 from fastgen.eval.solid_models import FAR, UNDISTILLED, Models
 from fastgen.stages.config import load_run
 from fastgen.stages.context import Context
@@ -86,4 +87,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"mdt_interval.py: {error}") from None

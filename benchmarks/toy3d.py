@@ -1,7 +1,7 @@
 """Few-step students of a toy 3-D world's teacher: three seeds, what each loss is worth, and the published setting.
 
     fastgen distill mdt/toy3d out=RUN
-    python benchmarks/toy3d.py RUN [OUT] [--seeds 0 1 2] [--rows ROW ...] [key=value ...]
+    python benchmarks/toy3d.py RUN [OUT [key=value ...]] [--seeds 0 1 2] [--rows ROW ...]
 
 The students' stages of RUN's own config are run again in OUT/ROW-SEED on RUN's teacher, with the row's overrides and
 then those given; what is finished there is not run again, what was begun goes on. Prints two tables, of medians over
@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("more", nargs="*", metavar="key=value")
     options = parser.parse_args()
+    if "=" in options.out.name:
+        parser.error(f"{options.out}: overrides stand behind OUT")
     tree = students_of(options.teacher)
     found: Found = {row: [] for row in options.rows}
     for seed in options.seeds:  # a seed of every row before the next seed: what is there first is a whole table
@@ -193,4 +195,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"toy3d.py: {error}") from None

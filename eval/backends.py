@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgen.errors import RunFailed, UserError, require, suggestion
+from fastgen.errors import RunFailed, UserError, first_line, require, suggestion
 from fastgen.eval import metrics
 from fastgen.eval.extractors import Extractor
 from fastgen.eval.inception import FEATURES, FOLDER, SIZE, InceptionExtractor
@@ -69,7 +69,7 @@ def _imported(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return require(module, extra=extra, purpose=purpose)
     except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{purpose}: '{module}' does not import here ({reason}); see `fastgen doctor`") from error
 
 

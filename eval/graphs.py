@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from fastgen.errors import first_line
+
 WARM = 3  # calls before a capture: libraries choose kernels and take their workspaces then
 
 
@@ -37,7 +39,7 @@ class Graphed:
                 if self.spared is None:
                     raise
                 self.failed = True
-                self.spared(str(error).splitlines()[0])
+                self.spared(first_line(error))
         return self.forward(*arguments, **options)
 
     def _replayed(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:

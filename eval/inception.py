@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.errors import UserError, suggestion
+from fastgen.errors import UserError, first_line, suggestion
 from fastgen.eval.resize import RECIPES, RESIZERS, centre_squares, recipe_name
 from fastgen.files import load_tensors, sha256
 from fastgen.images import to_uint8
@@ -292,7 +292,7 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a file of weights ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not readable as a file of weights ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: not a state dict of tensors; the right file is {SOURCE}")
     return state

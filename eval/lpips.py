@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgen.errors import UserError, suggestion
+from fastgen.errors import UserError, first_line, suggestion
 from fastgen.files import load_tensors
 
 Layers = tuple[int | tuple[int, int, int, int], ...]
@@ -174,7 +174,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a file of weights ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not readable as a file of weights ({first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path}: not a state dict of tensors; save model.state_dict() and nothing else")
     return state

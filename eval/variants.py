@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fastgen.cond import Cond
-from fastgen.errors import UserError, suggestion
+from fastgen.errors import UserError, first_line, suggestion
 from fastgen.eval.graphs import Graphed
 from fastgen.student import Student
 from fastgen.teacher import Teacher
@@ -221,7 +221,7 @@ def read_tiny(folder: Path, device: torch.device) -> Any:
     try:
         tiny = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # its reader raises whatever the file provokes
-        raise UserError(f"--tiny-decoder {folder}: no AutoencoderTiny ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--tiny-decoder {folder}: no AutoencoderTiny ({first_line(error)})") from error
     return tiny.eval().requires_grad_(False).to(device)
 
 

@@ -15,7 +15,7 @@ from fastgen import cond as conditions
 from fastgen import images
 from fastgen.cond import Cond
 from fastgen.config import config_hash, validate
-from fastgen.errors import UserError
+from fastgen.errors import UserError, first_line
 from fastgen.files import peek_json
 from fastgen.samplers.draw import draw
 from fastgen.sources import locate
@@ -36,7 +36,7 @@ def pick_device(name: str = "auto") -> str:
     try:
         torch.zeros(1, device=name).item()  # a device without storage fails here
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device={name}: not available here ({str(error).splitlines()[0]})") from error
+        raise UserError(f"device={name}: not available here ({first_line(error)})") from error
     return name
 
 

@@ -23,6 +23,11 @@ def suggestion(name: str, names: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says of its error, cut to a line that fits into ours; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say which extra brings it."""
     try:

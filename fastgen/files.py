@@ -83,6 +83,17 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def refuse_unwritable(path: str | Path) -> None:
+    """As `make_folder` refuses, as far as can be told without making anything."""
+    path = Path(path)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    with _explained(path):
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Replace one file by new content, whole or not at all."""
     path = Path(path)

@@ -201,6 +201,7 @@ def test_a_missing_decoder_is_told_before_anything_runs(image_folder, ball_file,
         ([], "from images: give --image FILE"),
         (["--image", "nowhere.png"], "--image nowhere.png: no such file"),
         (["--image", __file__], "not a whole picture"),
+        (["--image", __file__, "--out", f"{__file__}/x/a.glb"], "a file stands where a folder is needed"),
     ],
 )
 def test_generate_mistakes(image_folder, words, expected, tmp_path, monkeypatch):
@@ -365,6 +366,7 @@ def test_what_makes_shapes_is_no_maker_of_images(student_folder, text_folder, fl
     for load in (fastgen.load, fastgen.load_student, fastgen.load_teacher):
         with pytest.raises(UserError, match="one flow of TRELLIS, which makes nothing by itself"):
             load(flow_folders / "latent")
+    assert "shapes are made by a whole TRELLIS folder" in mistake(flow_folders / "latent", "a pot", "--out", "a.glb")
 
 
 def test_a_spoiled_description_of_a_student(student_folder, tmp_path):

@@ -66,9 +66,9 @@ class MDT(Method):
     class Config(Method.Config):
         name: Literal["mdt"] = "mdt"
         distill_type: Literal["discrete", "continuous", "cm"] = "discrete"
-        distill_interval: float = Field(default=0.01, gt=0, lt=1)  # of t; TRELLIS's networks see 1000 t
-        # Where t begins; null: at the interval, as released. Below it a difference ends at 0: of a long interval's band
-        # nothing else would be trained, and phi there is what all later times are built on.
+        distill_interval: float = Field(default=0.01, ge=1e-4, lt=1)  # of t, which TRELLIS's networks see times 1000
+        # Where t begins; null: at the interval, as released (continuous: at s). Below it a difference ends at s: of a
+        # long interval's band nothing else would be trained, and phi there is what all later times are built on.
         t_min: float | None = Field(default=None, ge=1e-4, lt=1)  # float32 tells t from s
         # v - t- g in place of v - t g: the product rule of differences, whose fixed point is the mean of an Euler path.
         exact_difference: bool = False
@@ -88,7 +88,7 @@ class MDT(Method):
         p_uncond: float = Field(default=0.0, ge=0, lt=1)  # share of rows without condition; needs cfg_vm = cfg_vd = 0
         steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
         sampler: Literal["euler", "renoise"] = "euler"  # as published, or fresh noise between the steps
-        rescale_t: float = Field(default=3.0, gt=0)  # spacing of the steps (`samplers.flow_euler`): TRELLIS's own
+        rescale_t: float = Field(default=3.0, ge=1e-3, le=1e3)  # spacing of the steps: TRELLIS's own
         jvp: JvpConfig = JvpConfig()  # of continuous
 
         @model_validator(mode="after")
@@ -104,6 +104,8 @@ class MDT(Method):
                 raise ValueError(f"exact_difference belongs to distill_type=discrete, not to {kind}")
             if kind != "continuous" and self.jvp != JvpConfig():
                 raise ValueError(f"jvp belongs to distill_type=continuous, not to {kind}")
+            if not self.lambda_vd and (not self.share_noise or self.vd_one_minus_t):
+                raise ValueError("share_noise and vd_one_minus_t are VD's, and lambda_vd is 0")
             if self.p_uncond and (_guides(self.cfg_vm) or _guides(self.cfg_vd)):
                 raise ValueError(
                     f"p_uncond={self.p_uncond:g} with guidance: rows without condition would be taught the guided "
@@ -131,11 +133,16 @@ class MDT(Method):
                 f"guidance={teacher.guidance:g}: mdt's weights are method.cfg_vm and method.cfg_vd, 1 less than the "
                 "usual ones; set those and leave guidance out"
             )
-        for key in ("cfg_vm", "cfg_vd"):
-            w = getattr(config, key)
-            if _guides(w) and (teacher is None or not teacher.denoiser.has_null):
+        for loss in ("vm", "vd"):
+            key, w = f"cfg_{loss}", getattr(config, f"cfg_{loss}")
+            if getattr(config, f"lambda_{loss}") and _guides(w) and (teacher is None or not teacher.denoiser.has_null):
                 why = "no teacher is asked" if teacher is None else f"the teacher has {teacher.denoiser.no_null}"
                 raise UserError(f"method.{key}={w}: {why}; set it to 0")
+        if self.first_time >= self.last_time:
+            raise UserError(
+                f"t begins at {self.first_time:g}, and the student's path ends at {self.last_time:.3g}: lower "
+                "method.t_min or method.distill_interval"
+            )
         narrow = {p.dtype for p in student.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
         if narrow:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in narrow))
@@ -172,6 +179,12 @@ class MDT(Method):
         """Where the student's runs begin: 1, or less where its own path ends before pure noise."""
         return last_time(self.student.path)
 
+    @cached_property
+    def first_time(self) -> float:
+        """Where t begins: at s + `t_min`; null: at s, or for a difference at s + `distill_interval`."""
+        released = 0.0 if self.config.distill_type == "continuous" else self.config.distill_interval
+        return self.view.sigma_min + (released if self.config.t_min is None else self.config.t_min)
+
     def begin(self, batch: Batch) -> None:
         """Try the derivative half-way."""
         if self.config.distill_type == "continuous":
@@ -198,11 +211,8 @@ class MDT(Method):
             yield config.lambda_vd * mean_all(error), {"loss_vd": mean_all(error), **by_time("vd", error, t)}
 
     def times(self, batch: Batch) -> Tensor:
-        """t [B], from s + `t_min` upwards; null: from s, or for a difference from s + `distill_interval`."""
-        config = self.config
-        released = 0.0 if config.distill_type == "continuous" else config.distill_interval
-        low = self.view.sigma_min + (released if config.t_min is None else config.t_min)
-        return low + (self.last_time - low) * config.t_schedule.draw(batch)
+        """t [B], from `first_time` to `last_time`."""
+        return self.first_time + (self.last_time - self.first_time) * self.config.t_schedule.draw(batch)
 
     def condition(self, batch: Batch) -> Cond:
         """The batch's own; some rows without."""
@@ -311,7 +321,7 @@ class MDT(Method):
         z, cond, few = batch.normal_like("diagnose", batch.x0), self.condition(batch), min(self.config.steps)
         renoise = lambda i: batch.normal_like("diagnose/renoise", z, i)  # noqa: E731
         end = few_step.sample(student, self.spec, z, few, cond, renoise=renoise)
-        guidance = self.guidance(batch, "cfg_vm")
+        guidance = self.guidance(batch, "cfg_vm" if self.config.lambda_vm else "cfg_vd")
         aim = ode.solve(self.teacher, z, steps=TEACHER_STEPS, solver="euler", cond=cond, guidance=guidance)
         return {"teacher_gap": float(mean_all((end - aim).square()).sqrt())}
 

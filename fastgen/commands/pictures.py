@@ -105,11 +105,13 @@ def _images(
     **options: Any,
 ) -> None:
     from fastgen import api, images
+    from fastgen.commands.shapes import ENDINGS
     from fastgen.files import make_folder, write_atomic
 
     grid = out.suffix.lower() == ".png" and not out.is_dir()
     if out.suffix and not grid and not out.is_dir():
-        raise UserError(f"--out {out}: give a .png file or a folder")
+        told = f"; shapes are made by a whole TRELLIS folder, and {model} is none" if out.suffix in ENDINGS else ""
+        raise UserError(f"--out {out}: give a .png file or a folder{told}")
     if texts is not None and len(texts) > 1:
         texts = [texts[i % len(texts)] for i in range(num or len(texts))]
     loaded = api.load(model, config=config, device=device)

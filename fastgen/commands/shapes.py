@@ -48,11 +48,12 @@ def generate(
     """
     _refuse_ending(out, gaussians)
     from fastgen.api import pick_device
-    from fastgen.files import make_folder
+    from fastgen.files import make_folder, refuse_unwritable
     from fastgen.shapes import Shapes
     from fastgen.teachers.trellis.folder import DECODERS, LATENT_FLOW, STRUCTURE_DECODER, STRUCTURE_FLOW, TrellisFolder
 
     told = TrellisFolder.read(folder)
+    refuse_unwritable(out.parent if out.suffix else out)  # before minutes of work
     count = num or len(texts or [image])
     if out.suffix and count > 1:
         raise UserError(f"--out {out}: {count} shapes need a folder")

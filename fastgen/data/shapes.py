@@ -332,10 +332,6 @@ class LatentShapes:
             self._verify(file_of(self.folder, entry.name), entry.sha256)
             if self.manifest.condition is not None:
                 self._verify(conditions_of(self.folder, entry.name), entry.conditions)
-        for entry in self._index.shapes:
-            self._verify(file_of(self.folder, entry.name), entry.sha256)
-            if self.manifest.condition is not None:
-                self._verify(conditions_of(self.folder, entry.name), entry.conditions)
         return {
             "shapes": len(self),
             "left_out": len(self._index.skipped),

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
-from fastgen.errors import UserError, suggestion
+from fastgen.errors import UserError, first_line, suggestion
 
 logger = logging.getLogger("fastgen")
 
@@ -79,7 +79,7 @@ def available() -> dict[str, str]:
                 importlib.import_module(module)
                 found[name] = _versioned(name)
             except Exception as error:  # a broken binary raises anything at all
-                found[name] = f"absent ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+                found[name] = f"absent ({type(error).__name__}: {first_line(error)})"
     return found
 
 

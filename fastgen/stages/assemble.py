@@ -140,14 +140,28 @@ class Assemble(Stage):
             logger.info("%s: %s: a state dict, taken for a student", self.name, path)
             made = base.flow(part)
             fill_from(path, made.net)
+            self._refuse_not_finite(part, made)
             return Given(made, "student", None, {"file": path.name, "sha256": run.sha256(self.flows[part])})
         denoiser, data = read_denoiser(path, part)
         assert isinstance(denoiser, FlowDenoiser)
         self._refuse_misfit(base, part, denoiser)
-        if data.get("kind") != "student":
-            return Given(denoiser, "teacher", None, data.get("facts", {}))
+        self._refuse_not_finite(part, denoiser)
+        kind, facts = data.get("kind"), data.get("facts", {})
+        if kind not in ("teacher", "student") or not isinstance(facts, dict):
+            raise UserError(f"{path / FACTS}: damaged (kind {kind!r}, facts {type(facts).__name__})")
+        if kind == "teacher":
+            return Given(denoiser, "teacher", None, facts)
+        if facts.get("teacher_sha256", base.sha256(part)) != base.sha256(part):
+            told = f"{part}={self.flows[part]} was distilled from another flow than base={self.base} has"
+            logger.warning("%s: %s; is that meant?", self.name, told)
         with damage_explained(path / FACTS):
-            return Given(denoiser, "student", SamplerSpec.from_dict(data["sampler"]), data.get("facts", {}))
+            return Given(denoiser, "student", SamplerSpec.from_dict(data["sampler"]), facts)
+
+    def _refuse_not_finite(self, part: str, denoiser: FlowDenoiser) -> None:
+        state = denoiser.net.state_dict()
+        name = next((name for name, value in state.items() if not value.isfinite().all()), None)
+        if name is not None:
+            raise UserError(f"stage {self.name}: {part}={self.flows[part]}: its weight {name} is not finite")
 
     def _refuse_misfit(self, base: TrellisFolder, part: str, denoiser: FlowDenoiser) -> None:
         """A flow that would not be understood in the place of the base's."""
@@ -179,10 +193,11 @@ class Assemble(Stage):
                 raise UserError(f"stage {self.name}: {set_[0]} is for students, and these flows are teachers")
             return None, {}
         lists = [set(flow.sampler.times if flow.sampler else self.steps or PUBLISHED) for flow in students.values()]
-        steps = self.steps or tuple(sorted(set.intersection(*lists)))
+        steps = tuple(sorted(set(self.steps or set.intersection(*lists))))
         if not steps or not all(set(steps) <= known for known in lists):
             known_all = " and ".join(", ".join(map(str, sorted(known))) for known in lists)
-            raise UserError(f"stage {self.name}: steps={list(steps)}: the students were made for {known_all}")
+            told = f"the students were made for {known_all}; set stages.{self.name}.steps to what both have"
+            raise UserError(f"stage {self.name}: steps={list(steps)}: {told}")
         rules = {"renoise" if flow.sampler and flow.sampler.renoise else "euler" for flow in students.values()}
         if self.sampler is None and len(rules) > 1:
             raise UserError(f"stage {self.name}: the students were made for {' and '.join(sorted(rules))}; set sampler")
@@ -232,6 +247,8 @@ def rescale_of(sampler: SamplerSpec) -> float | None:
     s, t = 1 - 1 / n, times[min(1, n - 1)]
     r = t * (1 - s) / (s * (1 - t)) if s > 0 and 0 < t < 1 else 1.0
     r = round(r, 6)
+    if not r:
+        return None
     for n, times in sampler.times.items():
         wanted = FlowEuler(steps=n, rescale_t=r).times()
         if not all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(times, wanted, strict=True)):
@@ -342,7 +359,7 @@ def _precision_words(part: str, told: dict[str, float]) -> list[str]:
     if "error" in told:
         return [f"The {part} flow's blocks are float16: {in_words(told)}"]
     half, brain = (f"{100 * told[name]:.3g} %" for name in ("float16", "bfloat16"))
-    again = f"rounded to float16, {half} of its weights would be the teacher's again, to bfloat16 {brain}"
+    again = f"rounded to float16, {half} of its weights would be those of the base again, to bfloat16 {brain}"
     return [f"The {part} flow is kept in float32: {again}"]
 
 

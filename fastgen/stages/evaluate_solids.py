@@ -16,7 +16,7 @@ from fastgen import files, images
 from fastgen.data import solids as made
 from fastgen.data.solids import Solid, solids
 from fastgen.errors import UserError
-from fastgen.eval.solid_models import OFF, ROWS, Models, Tally, compare, figures
+from fastgen.eval.solid_models import FAR, OFF, ROWS, UNDISTILLED, Models, Tally, compare, figures
 from fastgen.eval.solids import Judge, has_surface, iou, summary
 from fastgen.geometry.mesh import Mesh
 from fastgen.geometry.views import save_gif, turntable
@@ -33,13 +33,15 @@ SIDE = 96  # pixels of a turntable
 TRUE, REBUILT = "true solids", "autoencoders"
 ENCODERS = {"SparseStructureEncoder": "structure", "SLatEncoder": "latent"}
 FIGURES = "evaluate.json"
+NEEDED = {FAR.name, UNDISTILLED.name}  # of a baseline: gaps are counted between these
 
 
 class EvaluateSolids(Stage):
     """`student` against `teacher`, two TRELLIS text folders, on solids that no training saw.
 
-    cfg_strength: w of the teacher at every time, as a student was taught it; null: as its folder says. baseline: a
-    finished evaluation of this kind by the same teacher and settings, whose teacher's rows are taken over.
+    cfg_strength: w of the teacher at every time, as a student was taught it; null: as its folder says. The student is
+    judged at one step and at two, times 1 and 0.75, by both samplers, whatever its own folder asks for. baseline: the
+    folder of a finished evaluation by the same teacher and settings, whose teacher's rows are taken over.
     """
 
     stage: Literal["evaluate_solids"]
@@ -47,7 +49,7 @@ class EvaluateSolids(Stage):
     student: str
     baseline: str | None = None
     n: int = Field(default=200, ge=1)
-    first: int = Field(default=HELD_OUT, ge=0)
+    first: int = Field(default=HELD_OUT, ge=0, le=10**12)
     seed: int = Field(default=0, ge=0, le=2**32 - 1)  # of solids and noise; the run's is the training's
     cfg_strength: float | None = Field(default=None, ge=0)
     points: int = Field(default=4000, ge=100)
@@ -68,9 +70,14 @@ class EvaluateSolids(Stage):
                 raise UserError(
                     f"stage {self.name}: {key}={reference} is no TRELLIS folder; give one that a stage assembles"
                 )
+        if self.teacher not in run.names:
+            self._refuse_student(TrellisFolder.read(run.path(self.teacher)))
+        if self.baseline is not None and self.baseline not in run.names:
+            self._read_baseline(run)
 
     def work(self, run: Context, folder: Path) -> dict[str, Any]:
         teacher, student = (TrellisFolder.read(run.path(getattr(self, key))) for key in ("teacher", "student"))
+        self._refuse_student(teacher)
         models = Models(teacher, student, cfg_strength=self.cfg_strength, device=run.device)
         wanted = solids(torch.arange(self.first, self.first + self.n), seed=self.seed)
         judge, shown = Judge(points=self.points), one_of_each_kind(wanted)
@@ -92,13 +99,31 @@ class EvaluateSolids(Stage):
         """The rows of the baseline that have nothing to do with its student; other settings there are a UserError."""
         if self.baseline is None:
             return {}
-        path = run.path(self.baseline)
-        found = files.read_json(path / FIGURES if path.is_dir() else path)
+        found = self._read_baseline(run)
         for key, value in settings.items():
             if found["settings"].get(key) != value:
                 theirs = found["settings"].get(key)
                 raise UserError(f"stage {self.name}: baseline={self.baseline} has {key}={theirs}, here it is {value}")
         return {name: told for name, told in found["unpaired"].items() if not name.startswith("student")}
+
+    def _refuse_student(self, teacher: TrellisFolder) -> None:
+        if teacher.student is not None:
+            raise UserError(
+                f"stage {self.name}: teacher={self.teacher} is a student's folder, and its 25 steps are no standard; "
+                "give the folder that it was distilled from"
+            )
+
+    def _read_baseline(self, run: Context) -> dict[str, Any]:
+        """The figures of the folder `baseline`; what is no evaluation of solids is a UserError."""
+        assert self.baseline is not None
+        path = run.path(self.baseline)
+        found = files.peek_json(path / FIGURES)
+        rows = found.get("unpaired")
+        if not isinstance(found.get("settings"), dict) or not isinstance(rows, dict) or not rows.keys() >= NEEDED:
+            raise UserError(
+                f"stage {self.name}: baseline={self.baseline}: no finished evaluation of solids; give the folder of one"
+            )
+        return found
 
 
 def one_of_each_kind(wanted: Sequence[Solid]) -> list[int]:

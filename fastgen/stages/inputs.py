@@ -19,10 +19,10 @@ from fastgen.denoiser import Denoiser
 from fastgen.errors import UserError
 from fastgen.stages.context import Context
 from fastgen.teachers.mixture import Mixture
+from fastgen.teachers.trellis.assembly import LATENTS
 from fastgen.teachers.trellis.flows import FlowDenoiser
 
 logger = logging.getLogger("fastgen")
-LATENTS = "latents"  # where a world's folder has them
 
 
 def latent_rows(run: Context, reference: str | None, part: Part, *flows: Denoiser) -> ShapeRows | SyntheticShapes:

@@ -170,8 +170,8 @@ class ShapeVAE(Stage):
         """An autoencoder that ends on skipped updates, or with weights that are no numbers, is not written."""
         if loop.bad or not all(bool(p.isfinite().all()) for p in loop.student.parameters()):
             raise RunFailed(
-                f"step {loop.step}: loss, gradient or weights are not finite, and no model was written; the "
-                f"checkpoints are in {loop.checkpoints.folder}; lower loop.optim.lr, then --from {self.name}"
+                f"step {loop.step}: loss, gradient or weights are not finite, and no model was written{loop.kept()}; "
+                f"lower loop.optim.lr, then --from {self.name}"
             )
 
 

@@ -276,8 +276,8 @@ class Train(Stage):
         if loop.bad or not whole:
             what = f"the last {loop.bad} update(s) were skipped" if whole else "the weights of 'student' are not finite"
             raise RunFailed(
-                f"step {loop.step}: {what}: loss or gradient was not finite, and no model was written; the checkpoints "
-                f"are in {loop.checkpoints.folder}; lower loop.optim.lr or set loop.clip, then --from {self.name}"
+                f"step {loop.step}: {what}: loss or gradient was not finite, and no model was written{loop.kept()}; "
+                f"see that the data are finite, lower loop.optim.lr or set loop.clip, then --from {self.name}"
             )
 
     def _finished(self, loop: Loop, source: Rows | None) -> dict[str, Any]:

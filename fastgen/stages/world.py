@@ -23,8 +23,8 @@ from fastgen.data.solids import KINDS, SIZES, conditions
 from fastgen.errors import UserError
 from fastgen.stages.config import Stage
 from fastgen.stages.context import Context
-from fastgen.stages.inputs import LATENTS
 from fastgen.teachers.trellis import PIPELINE
+from fastgen.teachers.trellis.assembly import LATENTS
 from fastgen.teachers.trellis.conditions import TextEncoder
 from fastgen.teachers.trellis.flows import SIGMA_MIN
 from fastgen.teachers.trellis.folder import DECODERS, LATENT_FLOW, STRUCTURE_DECODER, STRUCTURE_FLOW

@@ -305,6 +305,38 @@ def test_state_dicts_that_are_none(image_folder, tmp_path, change, expected):
     assert expected in message and "structure.pt" in message
 
 
+@pytest.mark.parametrize("content", [b"", b"hello world"])
+def test_a_file_of_something_else(content, image_folder, tmp_path):
+    (tmp_path / "flow.pt").write_bytes(content)
+    assert "flow.pt: not a whole .pt file" in mistake(tmp_path, image_folder, structure=tmp_path / "flow.pt")
+
+
+def test_weights_that_are_no_numbers(image_folder, tmp_path):
+    def spoil(state):
+        next(iter(state.values())).view(-1)[0] = float("nan")
+        return state
+
+    file = state_dict(image_folder, "structure", tmp_path / "structure.pt", spoil)
+    assert "is not finite" in mistake(tmp_path, image_folder, structure=file)
+
+
+def test_a_student_of_another_flow_than_the_bases_is_told(text_folder, students, tmp_path):
+    ours = shutil.copytree(students["structure"], tmp_path / "structure")
+    told = json.loads((ours / "fastgen.json").read_text())
+    for theirs, warned in ((TrellisFolder.read(text_folder).sha256("structure"), False), ("0" * 64, True)):
+        told["facts"]["teacher_sha256"] = theirs
+        (ours / "fastgen.json").write_text(json.dumps(told))
+        ended = run(tmp_path / theirs[:4], text_folder, structure=ours)
+        assert ended.code == 0 and ("was distilled from another flow than" in ended.err) == warned
+
+
+def test_what_a_worlds_flows_were_trained_on_stays_there(text_folder, students, tmp_path):
+    base = shutil.copytree(text_folder, tmp_path / "base")
+    (base / "latents" / "shapes").mkdir(parents=True)
+    (base / "latents" / "shapes" / "000000.safetensors").write_bytes(b"many")
+    assert not (made(tmp_path, base, **students) / "latents").exists()
+
+
 def test_a_cut_state_dict(image_folder, tmp_path):
     file = state_dict(image_folder, "structure", tmp_path / "structure.pt")
     file.write_bytes(file.read_bytes()[:5000])

@@ -75,6 +75,23 @@ def test_a_baseline_saves_the_teachers_rows(report, world, tmp_path):
         go(tmp_path / "other", **given, cfg_strength=2.0)
 
 
+@pytest.mark.parametrize("figures", [None, "[]", "{}", '{"settings": {}, "unpaired": {"teacher@1": {}}}'])
+def test_a_baseline_that_is_none_is_refused_before_anything_runs(figures, world, tmp_path):
+    if figures is not None:
+        (tmp_path / "evaluate.json").write_text(figures)
+    with pytest.raises(UserError, match=r"baseline=.*: no finished evaluation of solids"):
+        go(tmp_path / "out", teacher=str(world), student=str(world), baseline=str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_no_standard(world, tmp_path):
+    folder = shutil.copytree(world, tmp_path / "student")
+    shapes = {"steps": [1, 2], "sampler": "euler", "parts": ["structure", "latent"]}
+    files.write_json(folder / "fastgen.json", {"format": 1, "kind": "student", "shapes": shapes, "facts": {}})
+    with pytest.raises(UserError, match=r"teacher=.* is a student's folder"):
+        go(tmp_path / "out", teacher=str(folder), student=str(world))
+
+
 def test_what_the_autoencoders_make_is_a_row_where_their_encoders_lie_in_the_folder(world, tmp_path):
     judge, which = Judge(points=200, marks=50), {"first": 5, "seed": 0}
     assert list(floors(TrellisFolder.read(world), 2, judge, **which)) == [TRUE]  # an encoder of other features

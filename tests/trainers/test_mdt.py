@@ -406,6 +406,9 @@ def test_below_the_interval_the_difference_ends_where_the_path_does(s):
         ({"cfg_vm": []}, "at least 1 item"),
         ({"cfg_vd": [1.0, -2.0]}, "greater than or equal to 0"),
         ({"p_uncond": 0.1, "cfg_vm": 3.0}, "rows without condition would be taught"),
+        ({"lambda_vd": 0, "share_noise": False}, "lambda_vd is 0"),
+        ({"distill_interval": 1e-9}, "greater than or equal to"),
+        ({"rescale_t": 1e300}, "less than or equal to"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(options, told):
@@ -420,6 +423,9 @@ def test_what_cannot_be_distilled_is_refused():
         made(velocity="data")
     with pytest.raises(UserError, match=r"method\.cfg_vm=40\.0: the teacher has no null condition; set it to 0"):
         made(cfg_vm=40.0)
+    assert made(cfg_vd=100.0, lambda_vd=0).needs == {"x0"}  # what costs nothing is not asked for
+    with pytest.raises(UserError, match=r"t begins at 0\.95, and .* ends at 0\.936: lower method\.t_min"):
+        made(Eps(), Teacher(Eps()), t_min=0.95)
     with pytest.raises(UserError, match=r"guidance=3: mdt's weights are method\.cfg_vm"):
         made(Linear(), Teacher(Linear(), guidance=3.0))
     with pytest.raises(UserError, match=r"weights are bfloat16: MDT moves a weight by 1e-4 or less"):

@@ -162,6 +162,10 @@ class Loop:
         """The network that previews, evaluation and export see: the first evaluation average, else the raw weights."""
         return next(iter(self.ema.values()), self.method.networks["student"])
 
+    def kept(self) -> str:
+        """Where the checkpoints are, for the end of a message; nothing where none was written."""
+        return f"; the checkpoints are in {self.checkpoints.folder}" if self.checkpoints.folder.is_dir() else ""
+
     def run(self, until: int | None = None) -> None:
         """Train to the last step (or to `until`), saving as configured; raises RunFailed or Stopped."""
         end = self.config.steps if until is None else min(until, self.config.steps)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgen import files
-from fastgen.errors import UserError
+from fastgen.errors import UserError, first_line
 from fastgen.nets.weights import fill
 from fastgen.sources import ORIGIN
 from fastgen.teacher import FACTS
@@ -29,6 +29,7 @@ from fastgen.teachers.trellis.models import write_stem
 
 logger = logging.getLogger("fastgen")
 CARD = "README.md"
+LATENTS = "latents"  # in the folder of a toy world: what its flows were trained on, which no copy needs
 OWN = (PIPELINE, FACTS, ORIGIN, CARD, files.COMPLETE)  # what an assembled folder has of its own
 # The plain FlowEulerSampler cannot be named: the official pipelines hand every sampler the null condition, and that one
 # would pass it on to the network. An interval that holds no time is one call a step, as wanted.
@@ -45,7 +46,7 @@ def assemble(base: TrellisFolder, flows: Mapping[str, Network], few: Mapping[str
     told = copy.deepcopy(files.read_json(base.path / PIPELINE))
     replaced = {file for part in flows for file in map(_plain, base.here(FLOWS[part]) or ())}
     for source, name in _tree(base.path):
-        if name not in OWN and _plain(source) not in replaced:
+        if name not in OWN and not name.startswith(f"{LATENTS}/") and _plain(source) not in replaced:
             link(source, out / name)
     for role in base.stems.keys() - {FLOWS[part] for part in flows}:
         told["args"]["models"][role] = _bring(base, role, out)
@@ -120,8 +121,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{file}: holds more than tensors, and reading it could run code; save the flow's state_dict() alone"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file}: not a whole .pt file ({str(error).splitlines()[0][:160]}); fetch it again") from error
+    except Exception as error:  # torch's reader of pickles falls over foreign bytes in many ways
+        raise UserError(f"{file}: not a whole .pt file ({first_line(error)}); fetch it again") from error
     entries = found.items() if isinstance(found, dict) else ()
     odd = next((str(key) for key, value in entries if not isinstance(value, Tensor)), None)
     if not entries or odd is not None:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastgen.errors import UserError
+from fastgen.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -132,8 +133,8 @@ class TextEncoder:
         try:
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             net = CLIPTextModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: no text encoder of CLIP ({str(error).splitlines()[0][:160]})") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder}: no text encoder of CLIP ({first_line(error)})") from error
         ready: nn.Module = net.eval().requires_grad_(False)
         return tokenizer, ready.to(self.device)
 
@@ -164,8 +165,8 @@ def _dino(name: str, folder: Path | None) -> Any:
             raise UserError(f"{found}: no transformers folder of DINOv2 with registers; there is no config.json")
         try:
             return Dinov2WithRegistersModel.from_pretrained(found, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{found}: not DINOv2 with registers ({str(error).splitlines()[0][:160]})") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{found}: not DINOv2 with registers ({first_line(error)})") from error
     if known is None:
         raise _missing(name, "config.json and model.safetensors of a Dinov2WithRegistersModel")
     checkpoint = torch_hub() / known.torch_hub
@@ -205,16 +206,12 @@ def torch_hub() -> Path:
 
 def _from_torch_hub(file: Path, known: _Known) -> Any:
     """The original's checkpoint in transformers' network; every tensor finds its place, or it is a UserError."""
-    import pickle
-
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     try:
         original = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{file}: not a whole checkpoint ({str(error).splitlines()[0][:160]}); fetch it again"
-        ) from error
+    except Exception as error:  # see assembly._tensors
+        raise UserError(f"{file}: not a whole checkpoint ({first_line(error)}); fetch it again") from error
     config = Dinov2WithRegistersConfig(
         hidden_size=known.width,
         num_hidden_layers=known.layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -140,3 +141,12 @@ def test_encoders_that_are_not_there(kind, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         kind(name, folder=tmp_path / "empty").encode([picture((5, 5, 50, 50))] if kind is ImageEncoder else ["a"])
+
+
+@pytest.mark.parametrize("kind", [ImageEncoder, TextEncoder])
+def test_a_cut_encoder(kind, image_folder, text_folder, tmp_path):
+    whole = (image_folder if kind is ImageEncoder else text_folder) / "encoder"
+    folder = shutil.copytree(whole, tmp_path / "encoder")
+    (folder / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"encoder: no"):
+        kind("x", folder=folder).encode([picture((5, 5, 50, 50))] if kind is ImageEncoder else ["a"])
