@@ -113,7 +113,6 @@ class MDT(Method):
                 )
             return self
 
-    experimental = "no row on the digits; no published TRELLIS weights were distilled"
     precisions = ("fp32", "fp16")  # of a difference over 0.01 bfloat16 leaves less than one digit
 
     def __init__(self, *args: Any, **options: Any) -> None:
