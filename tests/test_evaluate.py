@@ -169,6 +169,7 @@ def test_images_that_are_there_are_measured_without_a_model(folder, tmp_path):
     assert rows["FD-random-conv"].value == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_inception_says_which_network_and_which_recipe(folder, monkeypatch):
     words = ["--reference", folder / "few", "--samples", folder / "few", "--fid"]
     tf, clean = (

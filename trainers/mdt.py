@@ -66,7 +66,7 @@ class MDT(Method):
     class Config(Method.Config):
         name: Literal["mdt"] = "mdt"
         distill_type: Literal["discrete", "continuous", "cm"] = "discrete"
-        distill_interval: float = Field(default=0.01, ge=1e-4, lt=1)  # of t, which TRELLIS's networks see times 1000
+        distill_interval: float = Field(default=0.01, ge=1e-5, lt=1)  # of t, which TRELLIS's networks see times 1000
         # Where t begins; null: at the interval, as released (continuous: at s). Below it a difference ends at s: of a
         # long interval's band nothing else would be trained, and phi there is what all later times are built on.
         t_min: float | None = Field(default=None, ge=1e-4, lt=1)  # float32 tells t from s

@@ -99,22 +99,26 @@ def images(sd1, tmp_path_factory) -> dict[str, np.ndarray]:
     return exports.stock(lines, tmp_path_factory.mktemp("stock"))
 
 
+@pytest.mark.slow
 def test_the_printed_line_makes_the_students_image(sd1, images):
     ours = own(sd1[0], 1)
     assert ours.std() > 0.02 and np.abs(images["1"] - ours).max() < LIMIT
     assert sd1[1].error < LIMIT
 
 
+@pytest.mark.slow
 def test_a_call_with_nothing_but_the_prompt_makes_four_steps_at_the_trained_weight(sd1, images):
     assert "num_inference_steps" in sd1[1].line and "guidance_scale" not in sd1[1].line
     assert np.abs(images["bare"] - own(sd1[0], 4)).max() < LIMIT
 
 
+@pytest.mark.slow
 def test_another_weight_is_the_students_own_other_weight(sd1, images):
     assert np.abs(images["12"] - own(sd1[0], 2, 12.0)).max() < LIMIT
     assert np.abs(images["12"] - own(sd1[0], 2)).max() > 20 * LIMIT
 
 
+@pytest.mark.slow
 def test_more_steps_than_training_points_raise(images):
     assert "original_steps" in str(images["many"])
 

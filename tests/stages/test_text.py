@@ -132,6 +132,7 @@ def test_captioned_pictures_train_on_latents_with_dropped_captions(tmp_path, tea
     assert (again / "tune/model").is_dir() and len(list((tmp_path / "cache").iterdir())) == 3  # found, not made again
 
 
+@pytest.mark.slow
 def test_a_cached_run_needs_no_text_encoder(tmp_path, teachers, prompts):
     teacher = shutil.copytree(teachers["sd"], tmp_path / "teacher")
     run(tmp_path, teacher, sim(), f"data.path={prompts}")
