@@ -7,16 +7,15 @@ pool in the last block. Names and shapes are those of the public weights, so tha
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.errors import UserError, first_line, suggestion
+from fastgen.errors import UserError, suggestion
 from fastgen.eval.resize import RECIPES, RESIZERS, centre_squares, recipe_name
-from fastgen.files import load_tensors, sha256
+from fastgen.files import load_pickled, load_tensors, sha256
 from fastgen.images import to_uint8
 
 SIZE = 299
@@ -272,7 +271,8 @@ def find_weights(weights: str | Path | None = None) -> Path:
 
 def read_inception(path: Path) -> Inception:
     """The network with the weights of a .safetensors file, or of a .pth read with weights_only."""
-    state = load_tensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    mend = f"the right file is {SOURCE}"
+    state = load_tensors(path) if path.suffix == ".safetensors" else load_pickled(path, mend=mend)
     net = Inception()
     # Counters of training steps: some writers leave them out, and nothing reads them.
     wanted = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -286,13 +286,3 @@ def read_inception(path: Path) -> Inception:
         )
     net.load_state_dict(found, strict=False)
     return net
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a file of weights ({first_line(error)})") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: not a state dict of tensors; the right file is {SOURCE}")
-    return state

@@ -9,15 +9,14 @@ and the lpips package's key names, so that their public files load as they are; 
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastgen.errors import UserError, first_line, suggestion
-from fastgen.files import load_tensors
+from fastgen.errors import UserError, suggestion
+from fastgen.files import load_pickled, load_tensors
 
 Layers = tuple[int | tuple[int, int, int, int], ...]
 
@@ -113,7 +112,8 @@ class LPIPS(nn.Module):
         """Fill the parameters that begin with `prefix` from a file; exactly those keys and shapes must be in it."""
         if not path.is_file():
             raise UserError(f"lpips.{part}={path}: no such file; it is {SOURCES[net, part]}")
-        found = _read(path)
+        mend = f"the right file is {SOURCES[net, part]}"
+        found = load_tensors(path) if path.suffix == ".safetensors" else load_pickled(path, mend=mend)
         # Torchvision's file also holds what comes after the convolutions.
         found = {k: v for k, v in found.items() if part == "heads" or not k.startswith("classifier.")}
         wanted = {k: v for k, v in self.state_dict().items() if k.startswith(prefix)}
@@ -166,15 +166,3 @@ class _Head(nn.Module):
 def _unit(x: Tensor, eps: float = 1e-10) -> Tensor:
     """Unit length over channels; where all channels are 0 they stay so."""
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + eps)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as a file of weights ({first_line(error)})") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: not a state dict of tensors; save model.state_dict() and nothing else")
-    return state

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from fastgen.errors import RunFailed, UserError
+from fastgen.errors import RunFailed, UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -274,3 +275,27 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         if head[8:] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK"):
             raise UserError(f"{path}: a pickle, which can run code when read; convert it to safetensors") from error
         raise UserError(f"{path}: not a whole safetensors file ({error}); fetch or make it again") from error
+
+
+def load_pickled(path: str | Path, *, mend: str = "fetch it again") -> dict[str, Tensor]:
+    """Tensors of a pickled state dict (.pt, .pth), on the CPU; code in the pickle is not run.
+
+    Whatever is no plain dict of tensors is a UserError that names the file; mend: the words for what to do then.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {mend}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds something else than tensors, and reading it could run code; {mend}") from error
+    except Exception as error:  # torch's reader of pickles falls over foreign bytes in many ways
+        raise UserError(f"{path}: not a whole file of weights ({first_line(error)}); {mend}") from error
+    entries = found.items() if isinstance(found, dict) else ()
+    odd = next((str(key) for key, value in entries if not isinstance(value, torch.Tensor)), None)
+    if not entries or odd is not None:
+        told = f"its entry '{odd}' is no tensor" if odd is not None else f"it holds a {type(found).__name__}"
+        raise UserError(f"{path}: not a state dict ({told}); {mend}")
+    return dict(entries)

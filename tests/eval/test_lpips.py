@@ -223,14 +223,14 @@ class Payload:
 
 def test_a_pickle_that_runs_code_is_refused(alex, tmp_path):
     torch.save({"features.0.weight": Payload(tmp_path / "ran")}, tmp_path / "trunk.pth")
-    with pytest.raises(UserError, match=r"trunk\.pth: not readable"):
+    with pytest.raises(UserError, match=r"trunk\.pth: holds something else .* reading it could run code"):
         LPIPS("alex", tmp_path / "trunk.pth", alex[1])
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_broken_or_foreign_file_is_refused(alex, tmp_path):
     (tmp_path / "trunk.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=r"trunk\.pth: not readable"):
+    with pytest.raises(UserError, match=r"trunk\.pth: .* the right file is https"):
         LPIPS("alex", tmp_path / "trunk.pth", alex[1])
     torch.save([torch.zeros(2)], tmp_path / "trunk.pth")
     with pytest.raises(UserError, match="not a state dict"):

@@ -284,7 +284,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(image_folder, tmp_path):
     payload.place = tmp_path / "ran"
     torch.save({"weights": payload}, tmp_path / "bad.pt")
     message = mistake(tmp_path, image_folder, structure=tmp_path / "bad.pt")
-    assert "bad.pt: holds more than tensors, and reading it could run code" in message
+    assert "bad.pt: holds something else than tensors, and reading it could run code; save the flow" in message
     assert not (tmp_path / "ran").exists()
 
 
@@ -308,7 +308,7 @@ def test_state_dicts_that_are_none(image_folder, tmp_path, change, expected):
 @pytest.mark.parametrize("content", [b"", b"hello world"])
 def test_a_file_of_something_else(content, image_folder, tmp_path):
     (tmp_path / "flow.pt").write_bytes(content)
-    assert "flow.pt: not a whole .pt file" in mistake(tmp_path, image_folder, structure=tmp_path / "flow.pt")
+    assert "flow.pt: not a whole file of weights" in mistake(tmp_path, image_folder, structure=tmp_path / "flow.pt")
 
 
 def test_weights_that_are_no_numbers(image_folder, tmp_path):
@@ -340,7 +340,7 @@ def test_what_a_worlds_flows_were_trained_on_stays_there(text_folder, students, 
 def test_a_cut_state_dict(image_folder, tmp_path):
     file = state_dict(image_folder, "structure", tmp_path / "structure.pt")
     file.write_bytes(file.read_bytes()[:5000])
-    assert "structure.pt: not a whole .pt file" in mistake(tmp_path, image_folder, structure=file)
+    assert "structure.pt: not a whole file of weights" in mistake(tmp_path, image_folder, structure=file)
     other = tmp_path / "structure.safetensors"
     other.write_bytes(b"nothing")
     assert "give the folder of a flow, or a .pt state dict" in mistake(tmp_path, image_folder, structure=other)

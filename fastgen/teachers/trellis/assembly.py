@@ -8,17 +8,12 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastgen import files
-from fastgen.errors import UserError, first_line
 from fastgen.nets.weights import fill
 from fastgen.sources import ORIGIN
 from fastgen.teacher import FACTS
@@ -111,21 +106,4 @@ def fill_from(file: Path, net: Network) -> None:
     Anything but a plain dict of tensors, the flow's own and all of them, is a UserError; so is a pickle with code in
     it, which is not run.
     """
-    fill(net, _tensors(file), file)
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file}: holds more than tensors, and reading it could run code; save the flow's state_dict() alone"
-        ) from error
-    except Exception as error:  # torch's reader of pickles falls over foreign bytes in many ways
-        raise UserError(f"{file}: not a whole .pt file ({first_line(error)}); fetch it again") from error
-    entries = found.items() if isinstance(found, dict) else ()
-    odd = next((str(key) for key, value in entries if not isinstance(value, Tensor)), None)
-    if not entries or odd is not None:
-        told = f"its entry '{odd}' is no tensor" if odd is not None else f"it holds a {type(found).__name__}"
-        raise UserError(f"{file}: not a flow's state dict ({told}); save the flow's state_dict() alone")
-    return dict(entries)
+    fill(net, files.load_pickled(file, mend="save the flow's state_dict() alone"), file)

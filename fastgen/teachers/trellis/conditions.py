@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastgen.errors import UserError, first_line
+from fastgen.files import load_pickled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -208,10 +209,7 @@ def _from_torch_hub(file: Path, known: _Known) -> Any:
     """The original's checkpoint in transformers' network; every tensor finds its place, or it is a UserError."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    try:
-        original = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # see assembly._tensors
-        raise UserError(f"{file}: not a whole checkpoint ({first_line(error)}); fetch it again") from error
+    original = load_pickled(file)
     config = Dinov2WithRegistersConfig(
         hidden_size=known.width,
         num_hidden_layers=known.layers,
