@@ -151,7 +151,7 @@ class Assemble(Stage):
             raise UserError(f"{path / FACTS}: damaged (kind {kind!r}, facts {type(facts).__name__})")
         if kind == "teacher":
             return Given(denoiser, "teacher", None, facts)
-        if facts.get("teacher_sha256", base.sha256(part)) != base.sha256(part):
+        if (taught := facts.get("teacher_sha256")) is not None and taught != base.sha256(part):
             told = f"{part}={self.flows[part]} was distilled from another flow than base={self.base} has"
             logger.warning("%s: %s; is that meant?", self.name, told)
         with damage_explained(path / FACTS):

@@ -330,6 +330,28 @@ def test_a_student_of_another_flow_than_the_bases_is_told(text_folder, students,
         assert ended.code == 0 and ("was distilled from another flow than" in ended.err) == warned
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"kind": "stu"}, "fastgen.json: damaged (kind 'stu'"),
+        ({"facts": "x"}, "fastgen.json: damaged (kind 'student', facts str)"),
+        ({"sampler": {"times": {"2": [1.0, 1e-9]}}}, "are none of TRELLIS's sampler"),
+    ],
+)
+def test_a_spoiled_description_of_a_flow(change, expected, text_folder, students, tmp_path):
+    ours = shutil.copytree(students["structure"], tmp_path / "structure")
+    told = json.loads((ours / "fastgen.json").read_text())
+    if "sampler" in change:
+        change = {"sampler": {**told["sampler"], **change["sampler"]}}
+    (ours / "fastgen.json").write_text(json.dumps({**told, **change}))
+    assert expected in mistake(tmp_path, text_folder, structure=ours)
+
+
+def test_a_count_of_steps_named_twice_is_one(text_folder, students, tmp_path):
+    folder = made(tmp_path, text_folder, **students, steps=[2, 1, 2])
+    assert TrellisFolder.read(folder).student.steps == (1, 2)
+
+
 def test_what_a_worlds_flows_were_trained_on_stays_there(text_folder, students, tmp_path):
     base = shutil.copytree(text_folder, tmp_path / "base")
     (base / "latents" / "shapes").mkdir(parents=True)

@@ -84,6 +84,11 @@ def test_a_baseline_that_is_none_is_refused_before_anything_runs(figures, world,
     assert not (tmp_path / "out").exists()
 
 
+def test_numbers_that_no_solid_has_are_refused_at_once(world, tmp_path):
+    with pytest.raises(UserError, match=r"first.* less than or equal to"):
+        go(tmp_path / "out", teacher=str(world), student=str(world), first=2**63 - 1)
+
+
 def test_a_student_is_no_standard(world, tmp_path):
     folder = shutil.copytree(world, tmp_path / "student")
     shapes = {"steps": [1, 2], "sampler": "euler", "parts": ["structure", "latent"]}

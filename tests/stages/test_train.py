@@ -248,6 +248,7 @@ def test_a_run_too_short_for_that_limit_writes_no_model_either(tmp_path, config)
     ended = call("distill", config, f"out={out}", "stages.teacher.loop.optim.lr=1e30")
     assert ended.code == 1 and "step 8: the last 7 update(s) were skipped" in ended.message
     assert "no model was written" in ended.message and "--from teacher" in ended.message
+    assert "the checkpoints are" not in ended.message  # none was written
     assert not (out / "teacher" / "model").exists()
     again = call("distill", config, f"out={out}", "--from", "teacher")
     assert again.code == 0 and (out / "reflow" / "model").exists()

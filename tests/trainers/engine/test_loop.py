@@ -168,6 +168,13 @@ def test_network_that_does_not_move_stops_the_run(tmp_path):
         make(Detached(toy(), start=999), tmp_path, steps=100, log_every=1).run()
 
 
+def test_checkpoints_are_told_of_where_there_are_some(tmp_path):
+    loop = make(ManyBackwards(toy()), tmp_path, steps=2, save_every=2)
+    assert loop.kept() == ""
+    loop.run()
+    assert loop.kept() == f"; the checkpoints are in {tmp_path / 'checkpoints'}"
+
+
 def test_interrupt_saves_and_resumes(tmp_path):
     loop = make(SlowTarget(toy()), tmp_path)
     loop.interrupt = lambda: loop.step == 4
