@@ -11,6 +11,7 @@ from fastgen import files
 from fastgen.errors import UserError
 from fastgen.eval.solid_models import LATENTS, OFF, ROWS, STRUCTURES
 from fastgen.eval.solids import Judge
+from fastgen.stages import evaluate_solids
 from fastgen.stages.config import kinds, load_run
 from fastgen.stages.context import Context
 from fastgen.stages.evaluate_solids import REBUILT, TRUE, floors, table
@@ -76,7 +77,8 @@ def test_a_baseline_saves_the_teachers_rows(report, world, tmp_path):
 
 
 @pytest.mark.parametrize("figures", [None, "[]", "{}", '{"settings": {}, "unpaired": {"teacher@1": {}}}'])
-def test_a_baseline_that_is_none_is_refused_before_anything_runs(figures, world, tmp_path):
+def test_a_baseline_that_is_none_is_refused_before_anything_runs(figures, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_solids, "Models", lambda *_, **__: pytest.fail("it ran"))
     if figures is not None:
         (tmp_path / "evaluate.json").write_text(figures)
     with pytest.raises(UserError, match=r"baseline=.*: no finished evaluation of solids"):
