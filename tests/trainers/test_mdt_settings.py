@@ -60,6 +60,15 @@ def test_of_several_weights_every_row_draws_its_own():
     assert set(weights.tolist()) == {2.0, 5.0} and 60 < int((weights == 2).sum()) < 140
 
 
+@pytest.mark.parametrize(("lambda_vm", "w"), [(1, 2.0), (0, 5.0)])
+def test_the_diagnosis_is_against_the_teacher_that_is_followed(lambda_vm, w, monkeypatch):
+    asked = []
+    monkeypatch.setattr(mdt.ode, "solve", lambda teacher, z, **options: asked.append(options["guidance"]) or z)
+    method = made(Linear(), Teacher(Linear()), lambda_vm=lambda_vm, cfg_vm=2.0, cfg_vd=5.0)
+    method.diagnose(Linear(), labelled(4))
+    assert asked == [1 + w]
+
+
 def test_rows_without_condition_are_dropped_for_both(monkeypatch):
     method = made(Linear(), Teacher(Linear()), p_uncond=0.5)
     share = (method.condition(labelled(400))["label"] == 3).double().mean()
